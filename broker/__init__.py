@@ -1,0 +1,1 @@
+"""The queues: topology, publisher and consumer, over RabbitMQ (pika) or one SQLite file."""

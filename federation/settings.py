@@ -1,0 +1,153 @@
+"""Every setting of every process: `FEDQUEUE_<FIELD>` in the environment, or `<field>` in a TOML file.
+
+The environment wins over the file, which is `fedqueue.toml` in the working directory or what FEDQUEUE_CONFIG
+names. Read once, where a process starts; inside, settings are passed as values. A wrong value stops the
+process with the field's name (BadSettings). The defaults are the embedded mode: nothing to install.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Self
+from urllib.parse import urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    TomlConfigSettingsSource,
+)
+
+from federation.base import describe
+from federation.errors import BadSettings
+from federation.ids import Name
+
+ENV_PREFIX = "FEDQUEUE_"
+CONFIG_ENV = "FEDQUEUE_CONFIG"
+DEFAULT_CONFIG = "fedqueue.toml"
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+
+
+class Settings(BaseSettings):
+    """All settings, with their unit and range. `fedqueue settings` prints them."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=ENV_PREFIX, extra="forbid", frozen=True, validate_default=True
+    )
+
+    # where things are
+    broker_url: SecretStr = Field(
+        default=SecretStr("sqlite:.fedqueue/queue.db"),
+        description="amqp://user:password@host:port/vhost, amqps://…, or sqlite:PATH (embedded)",
+    )
+    store_url: str = Field(
+        default="file:.fedqueue/store",
+        description="s3://host:port/bucket[?tls=true&region=us-east-1] or file:PATH (embedded)",
+    )
+    store_access_key: str = Field(default="", description="S3 access key")
+    store_secret_key: SecretStr = Field(default=SecretStr(""), description="S3 secret key")
+    live_url: SecretStr = Field(
+        default=SecretStr("file:.fedqueue/live"),
+        description="redis://[user:password@]host:port/db or file:PATH (embedded); holds site liveness",
+    )
+
+    # a site
+    site: Name | None = Field(default=None, description="this site's name; also its broker user")
+    site_annotations: Path | None = Field(default=None, description="this site's COCO annotation file")
+    site_images: Path | None = Field(default=None, description="folder of this site's images")
+    site_state: Path = Field(default=Path(".fedqueue/site"), description="folder of outbox and model cache")
+    site_duty: float = Field(
+        default=1.0,
+        gt=0,
+        le=1,
+        description="share of time, 0 to 1, that training may compute; the rest it sleeps",
+    )
+    threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of torch; 0: torch decides")
+    poll_s: Seconds = Field(default=2.0, description="seconds between looks for a new version or an outcome")
+    heartbeat_s: Seconds = Field(default=5.0, description="seconds between heartbeats of a site")
+    heartbeat_ttl_s: Seconds = Field(
+        default=15.0, description="seconds without one after which a site is gone"
+    )
+    backoff_limit_s: Seconds = Field(default=60.0, description="longest wait in seconds between retries")
+
+    # the server
+    max_update_bytes: int = Field(
+        default=1 << 30, ge=1024, le=5 << 30, description="bytes; larger payloads are refused unread"
+    )
+    eval_annotations: Path | None = Field(
+        default=None, description="held-out COCO file of the evaluation worker"
+    )
+    eval_images: Path | None = Field(default=None, description="folder of the held-out images")
+    task_time_limit_s: int = Field(
+        default=600, ge=10, le=1500, description="seconds; below the broker's 30-minute consumer timeout"
+    )
+    delivery_limit: int = Field(
+        default=20, ge=1, le=1000, description="deliveries of a message before it is dead-lettered"
+    )
+    lease_s: Seconds = Field(
+        default=900.0,
+        description="seconds that the embedded queue leaves a message with a worker that is silent",
+    )
+
+    @field_validator("broker_url", "store_url", "live_url")
+    @classmethod
+    def _scheme(cls, value: SecretStr | str, info: Any) -> SecretStr | str:
+        allowed = {
+            "broker_url": ("amqp", "amqps", "sqlite"),
+            "store_url": ("s3", "file"),
+            "live_url": ("redis", "rediss", "file"),
+        }[info.field_name]
+        text = value.get_secret_value() if isinstance(value, SecretStr) else value
+        scheme, colon, rest = text.partition(":")
+        if scheme not in allowed or not colon or not rest.strip("/"):
+            raise ValueError(f"must begin with one of {', '.join(s + ':' for s in allowed)} and name a place")
+        if scheme not in ("file", "sqlite") and not urlsplit(text).hostname:
+            raise ValueError("has no host")
+        return value
+
+    @property
+    def embedded(self) -> bool:
+        """True if the broker is the embedded queue, so that one process is the whole server."""
+        return self.broker_url.get_secret_value().startswith("sqlite:")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        config = os.environ.get(CONFIG_ENV, DEFAULT_CONFIG)
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml_file=config)
+
+    @classmethod
+    def load(cls, **overrides: Any) -> Self:
+        """Read environment and file; `overrides` (command-line flags) win. Raises BadSettings."""
+        named = os.environ.get(CONFIG_ENV)
+        if named and not Path(named).is_file():
+            raise BadSettings(f"{CONFIG_ENV} names {named}, which is not a file")
+        unknown = [
+            name
+            for name in os.environ
+            if name.startswith(ENV_PREFIX)
+            and name != CONFIG_ENV
+            and name.removeprefix(ENV_PREFIX).lower() not in cls.model_fields
+        ]
+        if unknown:
+            raise BadSettings(f"unknown settings in the environment: {', '.join(sorted(unknown))}")
+        try:
+            return cls(**{k: v for k, v in overrides.items() if v is not None})
+        except ValidationError as exc:
+            raise BadSettings(f"settings: {describe(exc)} (environment names: {ENV_PREFIX}<FIELD>)") from exc
+        except ValueError as exc:  # a TOML file that is no TOML
+            raise BadSettings(f"settings file: {exc}") from exc
+
+
+def env_name(field: str) -> str:
+    """The environment variable of a settings field."""
+    return ENV_PREFIX + field.upper()
