@@ -96,7 +96,7 @@ class BadSettings(Fatal):
 
 
 class UnsafeStore(Fatal):
-    """The object store does not honour `If-None-Match: *`; use one that does (docs/operations.md lists them)."""
+    """The object store does not honour `If-None-Match: *`; docs/operations.md lists stores that do."""
 
 
 class AccessDenied(Fatal):

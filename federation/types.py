@@ -18,9 +18,6 @@ from federation.base import Value
 from federation.ids import Name, Sha256, UpdateId
 from federation.keys import update_key
 
-SCHEMA = 1
-"""Version of every stored and sent JSON of ours."""
-
 MAX_VERSION = 10**9
 MAX_METRICS = 32
 ClassName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -190,7 +187,7 @@ class JobSpec(Value):
 class Job(Value):
     """`job.json`: a federation. `initial` holds every tensor; versions hold the exchanged ones."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     spec: JobSpec
     initial: ModelRef
     max_update_bytes: int = Field(ge=1, description="largest payload that is read")
@@ -205,9 +202,9 @@ class Job(Value):
 
 
 class ClientUpdate(Value):
-    """A site's finished local training. The tensors are at `payload_key`; only this travels in the message."""
+    """A site's finished local training. The tensors lie at `payload_key`; only this is sent."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     update_id: UpdateId
     job: Name
     site: Name
@@ -231,7 +228,7 @@ class ClientUpdate(Value):
 class SiteStatus(Value):
     """One heartbeat. Disposable: it feeds the view of connected sites, nothing is decided by it."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     site: Name
     state: Literal["idle", "pulling", "training", "uploading", "waiting", "stopped"]
     job: Name | None = None
@@ -336,7 +333,7 @@ class Head(Value):
 class LogRecord(Value):
     """`log/<seq>.json`. `nonce` is the writer's, and proves after a lost reply whose record this is."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     job: Name
     seq: int = Field(ge=0)
     nonce: str = Field(pattern=r"^[0-9a-f]{32}$")
@@ -348,7 +345,7 @@ class LogRecord(Value):
 class Evaluation(Value):
     """`metrics/<version>/<who>.json`: what `who` measured of a version."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     job: Name
     version: int = Field(ge=0, le=MAX_VERSION)
     who: Name
@@ -361,7 +358,7 @@ class Evaluation(Value):
 class DeadLetter(Value):
     """`deadletters/<id>.json`: a message that was no update of any job, whole, with the reason."""
 
-    schema_version: Literal[1] = SCHEMA
+    schema_version: Literal[1] = 1
     id: str = Field(pattern=r"^[0-9a-f-]{36}$")
     reason: str = Field(max_length=64)
     message: str = Field(max_length=2000)

@@ -2,7 +2,7 @@
 
     update      site -> server   exchange fed.updates, key updates.<site>,    persistent, mandatory, confirmed
     heartbeat   site -> server   exchange fed.updates, key heartbeats.<site>, transient, short-lived
-    control     server -> site   exchange fed.control, key all.<what> or <site>.<what>; a hint, never the truth
+    control     server -> site   exchange fed.control, key all.<what> or <site>.<what>; only a hint
 
 Bodies are UTF-8 JSON of at most MAX_BODY_BYTES. Nothing in a body says who sent it that the broker has not
 checked: `user_id` must equal the site in the routing key, and the site in the body must equal both.

@@ -1,0 +1,5 @@
+"""Fixtures for all tests: the real servers, each started once per session, on demand."""
+
+from __future__ import annotations
+
+pytest_plugins: list[str] = []
