@@ -1,1 +1,13 @@
-""""""
+"""Merging client updates into the global model: pure mathematics and pure decisions.
+
+numpy only. No I/O, no clock, no logging, no torch: everything here is a function of its arguments.
+
+    staleness     s(τ): constant, polynomial, hinge
+    weighting     update + place in the queue -> Contribution (version, staleness, weight)
+    decide        job + head + update -> Accept | Duplicate | TooStale | Refuse
+    transitions   head + event -> next head
+    merge         Merge: folds verified payloads into the model, one at a time
+    fedasync, fedbuff, fedavg, server_opt    one algorithm each: data plus functions
+    statistics    BatchNorm running mean and variance as a mixture
+    tensors, blocks, group                   what the algorithms walk over
+"""

@@ -1,0 +1,169 @@
+"""What becomes of a client update: a pure function of the job, the head and the update.
+
+    Accept      append it with these numbers
+    Duplicate   its id is remembered: nothing to append, answer as before
+    TooStale    refuse it, unless the log's history names the id (see `TooStale`)
+    Refuse      refuse it for good
+
+Outcomes, not exceptions. A decision holds for the head that it was made from; after a conflict decide again.
+
+The order of the checks matters. A redelivered update must be recognised whatever has changed since, so the
+duplicate check is first. An id may be forgotten once its base is too old, so the check that catches those
+is next: every update that passes both has certainly never been in the log.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from aggregator.weighting import assign, met_version
+from federation.types import ClientUpdate, Contribution, Head, Job, JobSpec, Refusal
+
+TOO_STALE = "too-stale"
+JOB_CLOSED = "job-closed"
+NOT_A_PARTICIPANT = "not-a-participant"
+FUTURE_BASE = "future-base"
+WRONG_PAYLOAD_KIND = "wrong-payload-kind"
+TOO_LARGE = "too-large"
+ALREADY_CONTRIBUTED = "already-contributed"
+
+
+@dataclass(frozen=True)
+class Accept:
+    """Append `contribution`."""
+
+    contribution: Contribution
+
+
+@dataclass(frozen=True)
+class Duplicate:
+    """The id is in the log already. `reason` is why it was refused then; None: it was accepted."""
+
+    reason: str | None
+
+
+@dataclass(frozen=True)
+class TooStale:
+    """The update is older than the policy allows.
+
+    `maybe_forgotten`: its base is so old that the head no longer remembers such ids, so it may be the
+    redelivery of one that the log holds. Search the log's history before recording the refusal: an update
+    ends in exactly one way.
+    """
+
+    refusal: Refusal
+    maybe_forgotten: bool
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """The update is wrong for this job and stays wrong."""
+
+    refusal: Refusal
+
+
+Decision = Accept | Duplicate | TooStale | Refuse
+
+
+def decide(job: Job, head: Head, update: ClientUpdate) -> Decision:
+    """Judge `update`, which is addressed to `job`, against the job's newest `head`."""
+    for known in head.remembered:
+        if known.update_id == update.update_id:
+            return Duplicate(known.reason)
+
+    def refusal(reason: str, message: str) -> Refusal:
+        return Refusal(update=update, reason=reason, message=message, version=head.version)
+
+    stale = _staleness_problem(job.spec, head, update)
+    if stale:
+        return TooStale(
+            refusal(TOO_STALE, stale), is_forgettable(job.spec, head.version, update.base_version)
+        )
+    problem = _problem(job, head, update)
+    if problem is not None:
+        return Refuse(refusal(*problem))
+    return Accept(assign(job.spec, update, head.version, len(head.pending)))
+
+
+def wants_publish(spec: JobSpec, head: Head) -> bool:
+    """True if the pending contributions suffice to make a new version. Never once the job is closed."""
+    if head.closed is not None:
+        return False
+    if spec.aggregation.strategy == "fedasync":
+        return bool(head.pending)
+    if spec.aggregation.strategy == "fedbuff":
+        return len(head.pending) >= spec.aggregation.buffer_size
+    return {c.update.site for c in head.pending}.issuperset(spec.participants or ())
+
+
+def is_forgettable(spec: JobSpec, version: int, base_version: int) -> bool:
+    """True if at `version` or any later one an update from `base_version` is certainly too stale.
+
+    The version that an update meets is never below the published one, so no queue can change that.
+    """
+    return base_version < version - spec.aggregation.max_staleness
+
+
+def leftovers(head: Head) -> tuple[Refusal, ...]:
+    """Refusals for what is still pending in a closed job, so that those updates end in exactly one way too.
+
+    Append each with `transitions.refuse`. Empty while the job is open, and once it is done.
+    """
+    if head.closed is None:
+        return ()
+    message = f"the job closed ({head.closed}) before this update could be merged: nothing to do"
+    return tuple(
+        Refusal(update=c.update, reason=JOB_CLOSED, message=message, version=head.version)
+        for c in head.pending
+    )
+
+
+def _staleness_problem(spec: JobSpec, head: Head, update: ClientUpdate) -> str:
+    """Why the update is too old, in words; empty if it is not."""
+    base = update.base_version
+    if spec.aggregation.strategy == "fedavg" and base < head.version:
+        return (
+            f"trained from version {base}, but the round is at version {head.version}: "
+            "pull the newest version and train again"
+        )
+    limit = spec.aggregation.max_staleness
+    met = met_version(spec, head.version, len(head.pending))
+    if met - base > limit:
+        return (
+            f"trained from version {base}, {met - base} merges behind version {met} that it would meet; "
+            f"at most {limit} are allowed: pull the newest version and train again"
+        )
+    return ""
+
+
+def _problem(job: Job, head: Head, update: ClientUpdate) -> tuple[str, str] | None:
+    """(reason, message) of the first thing wrong with the update, or None."""
+    spec = job.spec
+    if head.closed is not None:
+        return JOB_CLOSED, f"job {spec.id} is closed ({head.closed}): stop training for it"
+    if spec.participants is not None and update.site not in spec.participants:
+        return (
+            NOT_A_PARTICIPANT,
+            f"site {update.site} is not among the participants of job {spec.id}: ask its owner",
+        )
+    if update.base_version > head.version:
+        return FUTURE_BASE, (
+            f"base version {update.base_version} is not published, the newest is {head.version}: "
+            "send the number of the version that training started from"
+        )
+    if update.payload_kind != spec.aggregation.payload_kind:
+        return WRONG_PAYLOAD_KIND, (
+            f"the payload holds {update.payload_kind}, but {spec.aggregation.strategy} merges "
+            f"{spec.aggregation.payload_kind}: send those"
+        )
+    if update.payload_bytes > job.max_update_bytes:
+        return TOO_LARGE, (
+            f"the payload is {update.payload_bytes} bytes, at most {job.max_update_bytes}: "
+            "send only the tensors of the job's model"
+        )
+    if spec.aggregation.strategy == "fedavg" and any(c.update.site == update.site for c in head.pending):
+        return ALREADY_CONTRIBUTED, (
+            f"site {update.site} has contributed to the round of version {head.version}: "
+            "wait for the next version"
+        )
+    return None

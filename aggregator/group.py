@@ -1,0 +1,39 @@
+"""The open group of a buffered strategy: what its updates add up to until there are enough of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from aggregator.blocks import Floats, Ints
+from aggregator.statistics import Moments, no_moments
+from federation.layout import Layout
+
+
+@dataclass
+class Group:
+    """One accumulator as large as the model's weights, however many updates go into it.
+
+    What `weights` holds is the strategy's business: a sum of differences (fedbuff), a mean (fedavg).
+    """
+
+    weights: Floats  # [W]; meaningless while count is 0
+    statistics: Moments  # [S]
+    ints: Ints  # [I]; the counters' maxima, meaningless while count is 0
+    count: int = 0
+    examples: int = 0
+
+
+def empty_group(layout: Layout) -> Group:
+    return Group(
+        weights=np.empty(layout.weight_count, np.float32),
+        statistics=no_moments(layout.statistic_count),
+        ints=np.empty(layout.int_count, np.int64),
+    )
+
+
+def reset(group: Group) -> None:
+    """Begin the next group in the same memory."""
+    group.count = group.examples = 0
+    group.statistics.weight = 0.0
