@@ -1,1 +1,10 @@
-""""""
+"""The site agent: what runs beside a company's cameras. Only tensors and declared numbers leave it.
+
+agent.py      the loop: deliver, look, train, hand over
+outbox.py     finished updates on disk until the broker has confirmed them
+follow.py     what the job's log says: newest version, what became of our updates
+local.py      from a stored version to weights and back to a payload (norm policy, differences)
+delivery.py   upload, then publish
+heartbeat.py  tells the server what this site is doing
+backoff.py    how long to wait after a failure
+"""

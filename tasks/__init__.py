@@ -1,1 +1,16 @@
-""""""
+"""The server: the Celery app and its tasks, and the ingress before them. `celery -A tasks worker` finds `app`.
+
+ingress.py      sites' queue -> checked -> Celery task; heartbeats -> liveness; dead letters -> their task
+app.py          the Celery app and how a task is sent, over RabbitMQ or the embedded queue
+context.py      what one process works with: settings, store, logs
+accept.py       fedqueue.accept_update     one update -> one log record
+publish.py      fedqueue.publish_version   all pending updates -> one model version
+evaluate.py     fedqueue.evaluate_version  one version -> metrics on the held-out set (the only torch here)
+jobs.py         fedqueue.create_job        job description -> job.json and version 0
+deadletters.py  fedqueue.keep_dead_letter  what nobody could handle -> the store, with its reason
+embedded.py     ingress and tasks in one process, on the embedded queue
+"""
+
+from tasks.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,83 @@
+"""`fedqueue model …`: the versions of a job, and getting one out of the store."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+from storage.jobs import list_evaluations, load_job
+from storage.log import VersionLog
+from storage.models import load_full_model
+from storage.open import open_store
+from storage.tensors import encode
+
+from cli.options import JobArgument, StoreUrl, console, fail, load
+from federation.errors import FedqueueError, NotFound
+from federation.types import Created, Published
+
+app = typer.Typer(help="Model versions.", no_args_is_help=True)
+
+Version = Annotated[
+    int | None,
+    typer.Option("--version", envvar="FEDQUEUE_CLI_VERSION", help="version number; none: the newest"),
+]
+
+
+@app.command("list")
+def list_versions(job: JobArgument, store_url: StoreUrl = None) -> None:
+    """The stored versions of a job, with what was measured of them.
+
+    Example: fedqueue model list street
+    """
+    store = open_store(load(store_url=store_url))
+    try:
+        load_job(store, job)
+        records = list(VersionLog(store, job).history())
+        measured = {e.version: e for e in list_evaluations(store, job)}
+    except (FedqueueError, NotFound) as exc:
+        fail(exc)
+    table = Table("version", "made (UTC)", "updates", "mAP@0.5", "mAP@[.5:.95]", "bytes", "sha256", box=None)
+    for record in records:
+        if isinstance(record.event, Created | Published):
+            current = record.head.current
+            metrics = measured[current.version].metrics if current.version in measured else {}
+            table.add_row(
+                str(current.version),
+                f"{record.at:%Y-%m-%d %H:%M:%S}",
+                str(len(record.event.merged)) if isinstance(record.event, Published) else "0",
+                *(f"{metrics[name]:.3f}" if name in metrics else "" for name in ("mAP@0.5", "mAP@[.5:.95]")),
+                str(current.model.nbytes),
+                current.model.sha256[:12],
+            )
+    console.print(table)
+
+
+@app.command()
+def pull(
+    job: JobArgument,
+    version: Version = None,
+    out: Annotated[Path, typer.Option(envvar="FEDQUEUE_CLI_OUT", help="where to write it")] = Path(
+        "model.safetensors"
+    ),
+    store_url: StoreUrl = None,
+) -> None:
+    """Download a version, verified, with all its tensors, as one safetensors file.
+
+    Example: fedqueue model pull street --version 40 --out street.safetensors
+    """
+    store = open_store(load(store_url=store_url))
+    try:
+        with console.status("downloading"):
+            the_job = load_job(store, job)
+            log = VersionLog(store, job)
+            current = log.head().head.current if version is None else log.version(version)
+            data = encode(load_full_model(store, the_job, current.model))
+    except FedqueueError as exc:
+        fail(exc)
+    temporary = out.with_name(f"{out.name}.part")
+    temporary.write_bytes(data)
+    os.replace(temporary, out)
+    console.print(f"version {current.version}: {out}, {len(data)} bytes")

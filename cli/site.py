@@ -1,0 +1,116 @@
+"""`fedqueue site …`: the agent beside a company's cameras."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from broker.open import connect
+from rich.table import Table
+from storage.liveness import open_liveness
+from storage.open import open_store
+
+from cli.options import (
+    BrokerUrl,
+    JobId,
+    LiveUrl,
+    StoreUrl,
+    console,
+    fail,
+    load,
+    log_to_stderr,
+    stop_on_signals,
+)
+from federation.errors import FedqueueError
+from federation.settings import env_name
+
+app = typer.Typer(help="Run a site, or see which sites are there.", no_args_is_help=True)
+
+
+@app.command()
+def run(
+    job: JobId,
+    site: Annotated[str | None, typer.Option(envvar=env_name("site"), help="this site's name")] = None,
+    annotations: Annotated[
+        Path | None, typer.Option(envvar=env_name("site_annotations"), help="COCO annotation file")
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(envvar=env_name("site_images"), help="folder of the images")
+    ] = None,
+    state: Annotated[
+        Path | None, typer.Option(envvar=env_name("site_state"), help="folder for outbox and model cache")
+    ] = None,
+    duty: Annotated[
+        float | None,
+        typer.Option(envvar=env_name("site_duty"), help="share of time, 0 to 1, spent computing"),
+    ] = None,
+    threads: Annotated[
+        int | None, typer.Option(envvar=env_name("threads"), help="CPU threads; 0: all")
+    ] = None,
+    broker_url: BrokerUrl = None,
+    store_url: StoreUrl = None,
+) -> None:
+    """Train for a job on this site's own images until the job closes. Only tensors and numbers leave.
+
+    Example: fedqueue site run --job street --site north --annotations coco.json --images frames/
+    """
+    log_to_stderr()
+    settings = load(
+        site=site,
+        site_annotations=annotations,
+        site_images=images,
+        site_state=state,
+        site_duty=duty,
+        threads=threads,
+        broker_url=broker_url,
+        store_url=store_url,
+    )
+    if settings.site is None:
+        fail("a site needs a name: --site or FEDQUEUE_SITE")
+    from producers.agent import SiteAgent
+    from producers.detection_trainer import DetectionTrainer
+
+    try:
+        trainer = DetectionTrainer.from_settings(settings)
+        agent = SiteAgent(
+            settings,
+            job,
+            open_store(settings),
+            lambda: connect(settings),
+            trainer,
+            stop_on_signals(),
+            version("fedqueue"),
+        )
+        agent.run()
+    except FedqueueError as exc:
+        fail(exc)
+
+
+@app.command("list")
+def list_sites(live_url: LiveUrl = None) -> None:
+    """Show the sites whose heartbeat is fresh.
+
+    Example: fedqueue site list
+    """
+    settings = load(live_url=live_url)
+    try:
+        statuses = open_liveness(settings).sites()
+    except FedqueueError as exc:
+        fail(exc)
+    table = Table(
+        "site", "state", "job", "from version", "step", "outbox", "sent", "last seen (UTC)", box=None
+    )
+    for status in sorted(statuses, key=lambda s: s.site):
+        table.add_row(
+            status.site,
+            status.state,
+            status.job or "",
+            "" if status.base_version is None else str(status.base_version),
+            f"{status.step}/{status.steps}",
+            str(status.outbox),
+            str(status.updates),
+            f"{status.at:%H:%M:%S}",
+        )
+    console.print(table)

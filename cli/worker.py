@@ -1,0 +1,103 @@
+"""`fedqueue worker` and `fedqueue ingress`: the server's processes, rightly configured."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+from broker.open import connect, declare
+from storage.liveness import open_liveness
+from storage.open import open_store
+from storage.probe import probe
+
+from broker import topology
+from cli.options import BrokerUrl, LiveUrl, StoreUrl, export, fail, load, log_to_stderr, stop_on_signals
+from federation.errors import FedqueueError
+
+
+class WorkerQueue(StrEnum):
+    """What a worker works on."""
+
+    merge = "merge"
+    evaluate = "evaluate"
+
+
+_QUEUES = {WorkerQueue.merge: topology.MERGE, WorkerQueue.evaluate: topology.EVALUATE}
+
+
+def worker(
+    queue: Annotated[
+        list[WorkerQueue] | None,
+        typer.Option(
+            "--queue",
+            envvar="FEDQUEUE_CLI_QUEUE",
+            help="merge: needs no torch. evaluate: needs torch and a held-out set. Default: merge; embedded: both",
+        ),
+    ] = None,
+    broker_url: BrokerUrl = None,
+    store_url: StoreUrl = None,
+    live_url: LiveUrl = None,
+) -> None:
+    """Merge updates into model versions, and evaluate them.
+
+    With RabbitMQ this is `celery -A tasks worker` with the right flags, in any number of copies. With the
+    embedded queue it is the whole server in one process, ingress included.
+
+    Example: fedqueue worker --queue evaluate
+    """
+    log_to_stderr()
+    settings = load(broker_url=broker_url, store_url=store_url, live_url=live_url)
+    try:
+        probe(open_store(settings))
+        if settings.embedded:
+            from tasks.embedded import run
+
+            export(settings)
+            chosen = queue or [WorkerQueue.merge, WorkerQueue.evaluate]
+            run(settings, [_QUEUES[name] for name in chosen], stop_on_signals().is_set)
+            return
+        declare(settings)
+    except FedqueueError as exc:
+        fail(exc)
+    export(settings)
+    # SIGTERM then lets a running task finish for worker_soft_shutdown_timeout seconds
+    os.environ.setdefault("REMAP_SIGTERM", "SIGQUIT")
+    names = ",".join(_QUEUES[name] for name in queue or [WorkerQueue.merge])
+    arguments = [
+        "-A",
+        "tasks",
+        "worker",
+        "-Q",
+        names,
+        "--loglevel",
+        "INFO",
+        "--without-gossip",
+        "--without-mingle",
+    ]
+    os.execv(sys.executable, [sys.executable, "-m", "celery", *arguments])
+
+
+def ingress(broker_url: BrokerUrl = None, live_url: LiveUrl = None) -> None:
+    """Check what sites send, and pass it on to the workers. Needs no object store.
+
+    Example: fedqueue ingress --broker-url amqp://server:secret@localhost/
+    """
+    log_to_stderr()
+    settings = load(broker_url=broker_url, live_url=live_url)
+    if settings.embedded:
+        fail("with the embedded queue `fedqueue worker` is the whole server, ingress included")
+    export(settings)
+    from tasks.app import send_celery
+    from tasks.ingress import Ingress
+
+    try:
+        declare(settings)
+        gate = Ingress(
+            connect(settings, keep_open=True), open_liveness(settings), send_celery, settings.heartbeat_ttl_s
+        )
+        gate.run(stop_on_signals().is_set)
+    except FedqueueError as exc:
+        fail(exc)

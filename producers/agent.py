@@ -1,0 +1,241 @@
+"""The site agent: pull, train, name, keep, upload, publish, and again. docs/architecture.md follows one update.
+
+The agent holds no connection while it trains: each publish opens one and closes it, because a connection that
+is silent for the length of a training run is dead at its end without saying so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from storage.jobs import load_job
+from storage.log import VersionLog
+from storage.models import ModelCache
+
+from broker import topology
+from broker.port import Broker
+from federation.errors import FedqueueError, NotFound, Transient
+from federation.ids import new_update_id
+from federation.keys import update_key
+from federation.settings import Settings
+from federation.types import ClientUpdate, Head, Job, JobSpec
+from producers.backoff import Backoff
+from producers.delivery import Delivery
+from producers.follow import Follower
+from producers.heartbeat import Heartbeat
+from producers.local import LocalModel
+from producers.outbox import Outbox
+from storage.blob import BlobStore
+
+log = logging.getLogger("fedqueue.site")
+
+CACHED_MODELS = 3
+RESYNC_EVERY = 5
+"""Looks at the store happen at every control message, and without one at every so-many-th poll."""
+
+
+class Trained(Protocol):
+    """What training returns."""
+
+    @property
+    def weights(self) -> Mapping[str, NDArray[np.generic]]: ...
+    @property
+    def num_examples(self) -> int: ...
+    @property
+    def metrics(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training is: gradient steps done of how many, and passes over the local images."""
+
+    step: int
+    steps: int
+    epoch: float
+
+
+class Trainer(Protocol):
+    """Local training: everything that the agent does not know. `detection` brings the one for detectors."""
+
+    def prepare(self, spec: JobSpec) -> None:
+        """Check the local data against the job. Raises BadDataset with every defect."""
+        ...
+
+    def train(
+        self,
+        spec: JobSpec,
+        weights: Mapping[str, NDArray[np.generic]],
+        *,
+        base_version: int,
+        seed: int,
+        on_progress: Callable[[Progress], None],
+    ) -> Trained:
+        """Run the job's plan from `weights`, all tensors of the model. Same arguments, same result on a CPU."""
+        ...
+
+
+class SiteAgent:
+    """One site working on one job, until the job closes or `stop` is set."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        job_id: str,
+        store: BlobStore,
+        connect: Callable[[], Broker],
+        trainer: Trainer,
+        stop: threading.Event,
+        agent_version: str = "",
+    ) -> None:
+        assert settings.site is not None
+        self.site, self.job_id = settings.site, job_id
+        self._settings, self._store, self._stop, self._trainer = settings, store, stop, trainer
+        self._folder = settings.site_state / job_id
+        self._broker = connect()
+        self._outbox = Outbox(self._folder)
+        self._delivery = Delivery(self._outbox, store, self._broker)
+        self._follower = Follower(VersionLog(store, job_id), self._outbox)
+        self._backoff = Backoff(settings.backoff_limit_s)
+        self._heartbeat = Heartbeat(self.site, connect, settings.heartbeat_s, settings.heartbeat_ttl_s)
+        self._heartbeat.update(job=job_id, agent_version=agent_version)
+        self._attempts: dict[int, int] = {}
+        self._epochs = 0.0
+
+    def run(self) -> None:
+        """Raises Fatal if this site cannot take part (credentials, settings), BadDataset for its data."""
+        with self._heartbeat:
+            try:
+                job = self._persist(self._find_job)
+                if job is None:
+                    return
+                self._trainer.prepare(job.spec)
+                model = LocalModel(
+                    job, self._store, ModelCache(self._folder / "models", CACHED_MODELS), self._folder
+                )
+                while not self._stop.is_set():
+                    if self._persist(lambda: self._step(job, model)):
+                        break
+            finally:
+                self._broker.close()
+
+    # --- one turn ------------------------------------------------------------------------------------------
+
+    def _step(self, job: Job, model: LocalModel) -> bool:
+        """Deliver what waits, look, and train or wait. True: the job is closed and nothing is owed."""
+        self._heartbeat.update(outbox=sum(1 for _ in self._outbox.waiting()))
+        self._delivery.deliver()
+        self._heartbeat.update(outbox=0, updates=self._delivery.confirmed)
+        head = self._follower.look()
+        owed = len(self._outbox.sent())
+        if head.closed and not owed:
+            log.info("the job is closed: %s", head.closed)
+            return True
+        if head.closed or owed >= job.spec.inflight_limit:
+            self._delivery.republish()
+            self._wait(f"for {owed} sent updates to be merged")
+        else:
+            self._train(job, model, head)
+        return False
+
+    def _train(self, job: Job, model: LocalModel, head: Head) -> None:
+        """One local training and its entry in the outbox. The next turn delivers it."""
+        base = head.version
+        self._heartbeat.update(state="pulling", base_version=base, detail="")
+        version = model.pull(head.current.model)
+        weights = model.assemble(version)
+        self._heartbeat.update(state="training", step=0, steps=job.spec.plan.local_steps)
+        log.info("training from version %d", base)
+        attempt = self._attempts.get(base, 0)
+        trained = self._trainer.train(
+            job.spec,
+            weights,
+            base_version=base,
+            seed=training_seed(job.spec.plan.seed, self.site, base, attempt),
+            on_progress=self._progress,
+        )
+        self._attempts = {base: attempt + 1}
+        self._epochs = self._heartbeat.status.epoch
+        arrays = dict(trained.weights)
+        payload = model.payload(version, arrays)
+        update = self._describe(job, base, trained, payload)
+        model.keep_norm(version, arrays)
+        self._heartbeat.update(state="uploading")
+        self._outbox.put(update, payload)
+        log.info("update %s: finished, %s", update.update_id, _metrics(trained))
+
+    def _describe(self, job: Job, base: int, trained: Trained, payload: bytes) -> ClientUpdate:
+        update_id = new_update_id()
+        return ClientUpdate(
+            update_id=update_id,
+            job=job.id,
+            site=self.site,
+            base_version=base,
+            num_examples=trained.num_examples,
+            payload_kind=job.spec.aggregation.payload_kind,
+            payload_key=update_key(job.id, self.site, update_id),
+            payload_sha256=hashlib.sha256(payload).hexdigest(),
+            payload_bytes=len(payload),
+            metrics=dict(trained.metrics),
+            created_at=datetime.now(UTC),
+        )
+
+    def _progress(self, progress: Progress) -> None:
+        self._heartbeat.update(step=progress.step, steps=progress.steps, epoch=self._epochs + progress.epoch)
+        if self._stop.is_set():
+            raise Stopped
+
+    # --- waiting -------------------------------------------------------------------------------------------
+
+    def _wait(self, why: str) -> None:
+        """Until the server says something, or long enough to look anyway."""
+        self._heartbeat.update(state="waiting", detail=why)
+        for _ in range(RESYNC_EVERY):
+            if self._stop.wait(self._settings.poll_s):
+                return
+            if self._broker.drain(topology.control_queue(self.site)):
+                return
+
+    def _find_job(self) -> Job:
+        try:
+            return load_job(self._store, self.job_id)
+        except NotFound as exc:
+            raise Transient(f"job {self.job_id!r} does not exist yet") from exc
+
+    def _persist(self, action: Callable[[], Any]) -> Any:
+        """Do `action` until it succeeds; an outage is waited out, saying in one line what for."""
+        while not self._stop.is_set():
+            try:
+                result = action()
+            except Stopped:
+                return None
+            except Transient as exc:
+                seconds = self._backoff.next_s()
+                log.warning("waiting %.1f s: %s", seconds, exc)
+                self._heartbeat.update(state="waiting", detail=str(exc)[:200])
+                self._stop.wait(seconds)
+            else:
+                self._backoff.reset()
+                return result
+        return None
+
+
+class Stopped(FedqueueError):
+    """The agent was told to stop in the middle of training; the attempt is dropped."""
+
+
+def training_seed(plan_seed: int, site: str, base_version: int, attempt: int) -> int:
+    """The same training twice gives the same update; another attempt from the same version, another order."""
+    return zlib.crc32(f"{plan_seed}/{site}/{base_version}/{attempt}".encode())
+
+
+def _metrics(trained: Trained) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in trained.metrics.items())

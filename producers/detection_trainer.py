@@ -1,0 +1,68 @@
+"""Local training of detectors on a COCO-format data set: `detection` behind the agent's Trainer port."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from detection import engine
+from detection.dataset import Dataset, load_dataset
+from federation.errors import BadSettings
+from federation.settings import Settings
+from federation.types import JobSpec
+from producers.agent import Progress, Trained
+
+log = logging.getLogger("fedqueue.site")
+
+
+@dataclass
+class DetectionTrainer:
+    """`duty`: share of the time, 0 to 1, that training may compute."""
+
+    annotations: Path
+    images: Path
+    duty: float = 1.0
+    _dataset: Dataset | None = None
+
+    @classmethod
+    def from_settings(cls, settings: Settings) -> DetectionTrainer:
+        """Raises BadSettings if the settings name no data."""
+        if settings.site_annotations is None or settings.site_images is None:
+            raise BadSettings(
+                "a site needs its data: set FEDQUEUE_SITE_ANNOTATIONS (a COCO file) and FEDQUEUE_SITE_IMAGES (a folder)"
+            )
+        engine.use_threads(settings.threads)
+        return cls(settings.site_annotations, settings.site_images, settings.site_duty)
+
+    def prepare(self, spec: JobSpec) -> None:
+        """Raises BadDataset with every defect of the data, before any training starts."""
+        self._dataset = load_dataset(self.annotations, self.images, spec.classes)
+        log.info("%d images, %d bytes that stay here", self._dataset.num_examples, self._dataset.image_bytes)
+
+    def train(
+        self,
+        spec: JobSpec,
+        weights: Mapping[str, NDArray[np.generic]],
+        *,
+        base_version: int,
+        seed: int,
+        on_progress: Callable[[Progress], None],
+    ) -> Trained:
+        """The job's plan from `weights`; the learning rate follows the job's progress through its versions."""
+        assert self._dataset is not None, "prepare() comes first"
+        versions = spec.stop.max_versions
+        return engine.train(
+            spec,
+            weights,
+            self._dataset,
+            seed=seed,
+            progress=min(base_version / versions, 1.0),
+            progress_per_step=1 / (versions * spec.plan.local_steps),
+            duty=self.duty,
+            on_step=lambda report: on_progress(Progress(report.step, report.steps, report.epoch)),
+        )

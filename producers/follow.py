@@ -1,0 +1,72 @@
+"""What the job's log says to a site: the newest version, and what became of its own updates.
+
+The log is read record by record from the last one seen, so that a site learns every outcome, however long it
+was away and whatever control messages it missed.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+from storage.log import VersionLog
+
+from federation.types import Closed, Head, LogRecord, Published, Refused
+from producers.outbox import Outbox
+
+log = logging.getLogger("fedqueue.site")
+
+
+@dataclass
+class Follower:
+    """One site's view of one job."""
+
+    log: VersionLog
+    outbox: Outbox
+    _last: LogRecord | None = None
+
+    def look(self) -> Head:
+        """The newest head. Settles those of our updates whose fate the log tells.
+
+        Raises NotFound if the job has no log yet, StoreUnavailable.
+        """
+        if self._last is None:
+            self._last = self.log.head()
+            self._settle_from_before(self._last.head)
+        else:
+            for record in self.log.follow(self._last.seq):
+                self._settle(record)
+                self._last = record
+        return self._last.head
+
+    def _settle(self, record: LogRecord) -> None:
+        event = record.event
+        if isinstance(event, Published):
+            for contribution in event.merged:
+                if self.outbox.settle(contribution.update.update_id):
+                    log.info(
+                        "update %s: merged into version %d, staleness %d, weight %.4f",
+                        *(contribution.update.update_id, contribution.version),
+                        *(contribution.staleness, contribution.weight),
+                    )
+            refusals = event.refused
+        elif isinstance(event, Refused):
+            refusals = (event.refusal,)
+        else:
+            refusals = ()
+            if isinstance(event, Closed):
+                log.info("the job is closed: %s", event.reason)
+        for refusal in refusals:
+            if self.outbox.settle(refusal.update.update_id):
+                log.warning(
+                    "update %s: rejected (%s): %s", refusal.update.update_id, refusal.reason, refusal.message
+                )
+
+    def _settle_from_before(self, head: Head) -> None:
+        """Updates that an earlier run of this agent sent: look each up, for there are few."""
+        pending = {contribution.update.update_id for contribution in head.pending}
+        for update in self.outbox.sent():
+            if update.update_id not in pending:
+                for record in self.log.history():
+                    self._settle(record)
+                return

@@ -1,0 +1,71 @@
+"""From a stored version to local weights, and from trained weights to what is uploaded.
+
+A version holds the exchanged tensors. The job's initial model holds all; those that are not exchanged are
+BatchNorm layers, which a site with norm policy `local` keeps to itself (FedBN, arXiv 2102.07623) in
+`<folder>/norm.safetensors`, and with `frozen` never changes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from storage.models import ModelCache
+from storage.tensors import TensorFile, decode, encode, from_arrays
+
+from federation.types import Job, ModelRef
+from producers.outbox import write_durably
+from storage.blob import BlobStore
+
+Arrays = dict[str, NDArray[np.generic]]
+
+
+@dataclass(frozen=True)
+class LocalModel:
+    """The models of one job on this site's disk."""
+
+    job: Job
+    store: BlobStore
+    cache: ModelCache
+    folder: Path
+
+    def pull(self, ref: ModelRef) -> TensorFile:
+        """The exchanged tensors of a version: downloaded once, verified, cached. Raises StoreUnavailable."""
+        return decode(self.cache.fetch(self.store, ref).read_bytes())
+
+    def assemble(self, version: TensorFile) -> Arrays:
+        """All tensors to start training from: the version's, ours where they stay here, else the initial."""
+        arrays = dict(self.pull(self.job.initial).arrays())
+        if self.job.spec.plan.norm == "local" and self._norm.exists():
+            arrays.update(decode(self._norm.read_bytes()).arrays())
+        arrays.update(version.arrays())
+        return arrays
+
+    def payload(self, version: TensorFile, trained: Arrays) -> bytes:
+        """What to upload for weights `trained` that started from `version`.
+
+        The weights themselves, or for payload_kind "difference" their difference to `version`; running
+        statistics and integers always as values.
+        """
+        exchanged = from_arrays({t.name: trained[t.name] for t in version.layout.tensors})
+        flat = exchanged.flat
+        if self.job.spec.aggregation.payload_kind == "difference":
+            weights = version.layout.weight_count
+            flat = flat.copy()
+            flat[:weights] -= version.flat[:weights]
+        return bytes(encode(TensorFile(version.layout, flat, exchanged.ints)))
+
+    def keep_norm(self, version: TensorFile, trained: Arrays) -> None:
+        """With norm policy `local`, store what this site does not send."""
+        if self.job.spec.plan.norm != "local":
+            return
+        exchanged = {t.name for t in version.layout.tensors}
+        own = {name: array for name, array in trained.items() if name not in exchanged}
+        if own:
+            write_durably(self._norm, bytes(encode(from_arrays(own))))
+
+    @property
+    def _norm(self) -> Path:
+        return self.folder / "norm.safetensors"

@@ -1,0 +1,98 @@
+"""The gate between the sites and Celery: the only reader of what sites write, and of dead letters.
+
+A site's message is plain JSON of our own schema. Whoever can write Celery messages can run any task and crash
+or wedge a worker, so nothing that a site wrote reaches Celery: the gate parses it, and sends a task of its
+own. It publishes first, with confirm, and only then acknowledges; a crash in between makes a duplicate, which
+`accept_update` recognises. It has no credentials for the object store, and no torch.
+
+    fed.updates      good: task accept_update.   bad: a DeadLetter on the exchange fed.dead
+    fed.heartbeats   good: liveness.             bad, or liveness down: dropped, the next one comes in seconds
+    fed.dead         task keep_dead_letter, which brings it to the store
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from storage.liveness import Liveness
+
+from broker import topology
+from broker.port import Broker
+from federation.errors import BadMessage, Transient
+from federation.wire import Delivery, Message, decode_heartbeat, decode_update
+from tasks.app import ACCEPT, KEEP_DEAD_LETTER, Send
+from tasks.deadletters import dead_letter
+
+log = logging.getLogger("fedqueue.ingress")
+
+DEAD_LETTER_TYPE = "fedqueue.deadletter.v1"
+QUEUES = (topology.UPDATES, topology.HEARTBEATS, topology.DEAD)
+
+
+@dataclass(frozen=True)
+class Ingress:
+    """`broker` both reads and carries dead letters; `send` puts a task on its queue."""
+
+    broker: Broker
+    liveness: Liveness
+    send: Send
+    heartbeat_ttl_s: float
+
+    def run(self, stop: Callable[[], bool]) -> None:
+        """Work until `stop()`. Outages are waited out."""
+        self.broker.consume(QUEUES, self.handle, stop)
+
+    def handle(self, delivery: Delivery) -> None:
+        """Returns when the delivery may be acknowledged. Raises Transient to have it again."""
+        if delivery.queue == topology.HEARTBEATS:
+            self._heartbeat(delivery)
+        elif delivery.queue == topology.DEAD:
+            self.send(KEEP_DEAD_LETTER, {"letter": _letter_json(delivery)})
+        else:
+            self._update(delivery)
+
+    def _update(self, delivery: Delivery) -> None:
+        try:
+            update = decode_update(delivery)
+        except BadMessage as exc:
+            log.warning("%s: %s", delivery.routing_key, exc)
+            letter = dead_letter(delivery, exc.reason, str(exc))
+            message = Message(routing_key=delivery.routing_key, body=letter.to_json(), type=DEAD_LETTER_TYPE)
+            self.broker.publish(topology.DEAD_EXCHANGE, message)
+        else:
+            self.send(ACCEPT, {"update": update.to_json().decode()})
+
+    def _heartbeat(self, delivery: Delivery) -> None:
+        try:
+            self.liveness.beat(decode_heartbeat(delivery), self.heartbeat_ttl_s)
+        except BadMessage as exc:
+            log.warning("%s: heartbeat dropped: %s", delivery.routing_key, exc)
+        except Transient as exc:
+            log.warning("heartbeat dropped, liveness is down: %s", exc)
+
+
+def _letter_json(delivery: Delivery) -> str:
+    """A DeadLetter of our own passes as it is; what the broker dead-lettered is wrapped into one."""
+    if delivery.type == DEAD_LETTER_TYPE:
+        return delivery.body.decode()
+    if delivery.headers.get("task") == KEEP_DEAD_LETTER:
+        # That task itself failed too often: its argument is the letter, not a new one around it.
+        try:
+            return str(json.loads(delivery.body)[1]["letter"])
+        except (ValueError, LookupError, TypeError):
+            pass
+    reason, message = _broker_reason(delivery.headers)
+    return dead_letter(delivery, reason, message).to_json().decode()
+
+
+def _broker_reason(headers: Mapping[str, object]) -> tuple[str, str]:
+    """From RabbitMQ's x-death header or the embedded queue's equivalent."""
+    reason = str(headers.get("x-first-death-reason") or "dead-lettered")
+    queue = str(headers.get("x-first-death-queue") or "?")
+    task = f", task {headers['task']}" if "task" in headers else ""
+    return reason.replace(
+        "_", "-"
+    ), f"the broker dead-lettered it from {queue} ({reason}{task}); see the worker's log"

@@ -1,0 +1,184 @@
+"""fedqueue.publish_version: all pending contributions become one stored model version.
+
+Group commit: a backlog of n updates costs one read and one write of the model, with the same result as n
+publishes of one. Payloads stream through memory one at a time. Only the log record makes the new version
+true; if another publish won meanwhile, this work is dropped and nobody sees its model.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from storage.jobs import save_refusal
+from storage.models import load_model, load_payload, save_model
+from storage.tensors import TensorFile
+
+from aggregator import decide, transitions
+from aggregator.merge import Merge
+from federation.errors import BadPayload, Conflict
+from federation.types import (
+    ClientUpdate,
+    Contribution,
+    Head,
+    Job,
+    LogRecord,
+    ModelVersion,
+    Published,
+    Refusal,
+    Refused,
+)
+from tasks import app as celery
+from tasks.context import Context, current
+from tasks.state import load_state, save_state
+from tasks.tell import tell_closed, tell_published, tell_refused
+
+log = logging.getLogger("fedqueue.publish")
+
+
+@celery.task(celery.PUBLISH)
+def publish_version(self: Any, job: str) -> None:
+    """Publish what is pending in `job`. Asking twice is harmless."""
+    context = current()
+    the_job = context.job(job)
+    published = publish_pending(context, the_job)
+    if published is None and (self.request.delivery_info or {}).get("redelivered"):
+        # An earlier delivery may have died between the record and the telling.
+        record = context.log(job).head()
+        if isinstance(record.event, Published):
+            _after(context, the_job, record, record.head.version - len(record.event.merged))
+
+
+@dataclass(frozen=True)
+class _Folded:
+    """What the heavy work came to: `current` is stored, but only a log record makes it a version."""
+
+    merged: tuple[Contribution, ...]
+    refused: tuple[Refusal, ...]
+    current: ModelVersion
+
+
+def publish_pending(context: Context, job: Job) -> LogRecord | None:
+    """Returns the record of the new version, or None if there was nothing to publish.
+
+    Raises Transient if the store does not answer; nothing has happened then.
+    """
+    versions = context.log(job.id)
+    record = versions.head()
+    base = record.head.current
+    if not decide.wants_publish(job.spec, record.head):
+        return None
+    folded = _fold(context, job, record.head)
+    if not folded.merged:
+        _refuse_all(context, job, folded.refused)
+        return None
+    while transitions.still_applies(record.head, base, folded.merged, folded.refused):
+        event, head = _next(job, record.head, folded)
+        try:
+            record = versions.append(record, event, head)
+        except Conflict:
+            record = versions.head()  # only accepts came in between? then the fold still holds
+            continue
+        _after(context, job, record, base.version)
+        return record
+    log.info("%s: another worker published version %d first", job.id, record.head.version)
+    return None
+
+
+def _fold(context: Context, job: Job, head: Head) -> _Folded:
+    """Stream pending payloads into the model, one in memory at a time, and store the result."""
+    model = load_model(context.store, head.current.model)
+    layout = model.layout
+    flat, ints = np.array(model.flat), np.array(model.ints)  # writable; the file's bytes can go
+    del model
+    state = load_state(context.store, head.current.server_state)
+    merge = Merge(job.spec, layout, flat, ints, version=head.version, state=state)
+    refused: list[Refusal] = []
+    for left, contribution in zip(range(len(head.pending), 0, -1), head.pending, strict=True):
+        if merge.full or merge.needed > left:
+            break
+        update = contribution.update
+        try:
+            payload = load_payload(context.store, update, layout, job.max_update_bytes)
+        except BadPayload as exc:
+            refused.append(_refusal(update, exc.reason, str(exc), head.version))
+            continue
+        merge.add(update, payload.flat, payload.ints)
+        del payload
+    result = merge.finish()
+    if not result.merged:
+        return _Folded((), tuple(refused), head.current)
+    current_version = ModelVersion(
+        version=result.version,
+        model=save_model(context.store, job.id, TensorFile(layout, flat, ints)),
+        server_state=save_state(context.store, job, result.state),
+    )
+    return _Folded(result.merged, tuple(refused), current_version)
+
+
+def _next(job: Job, head: Head, folded: _Folded) -> tuple[Published, Head]:
+    """The record to append on `head`. The last version closes the job and refuses what still waits."""
+    refused, closed = folded.refused, None
+    if folded.current.version >= job.spec.stop.max_versions:
+        closed = f"version {folded.current.version}, the last of stop.max_versions, is made"
+        done = {c.update.update_id for c in folded.merged} | {r.update.update_id for r in refused}
+        refused += tuple(
+            _refusal(c.update, decide.JOB_CLOSED, f"the job is closed: {closed}", folded.current.version)
+            for c in head.pending
+            if c.update.update_id not in done
+        )
+    head = transitions.publish(job.spec, head, folded.merged, refused, folded.current, closed)
+    return Published(merged=folded.merged, refused=refused), head
+
+
+def _refuse_all(context: Context, job: Job, refusals: tuple[Refusal, ...]) -> None:
+    """Nothing could be merged: no version, only refusals."""
+    versions = context.log(job.id)
+    for refusal in refusals:
+        record = versions.head()
+        while any(c.update.update_id == refusal.update.update_id for c in record.head.pending):
+            try:
+                versions.append(record, Refused(refusal=refusal), transitions.refuse(record.head, refusal))
+            except Conflict:
+                record = versions.head()
+                continue
+            _refused(context, job, refusal)
+            break
+
+
+def _refused(context: Context, job: Job, refusal: Refusal) -> None:
+    log.warning(
+        "%s: refused %s of %s: %s", job.id, refusal.update.update_id, refusal.update.site, refusal.message
+    )
+    save_refusal(context.store, refusal)
+    tell_refused(context, refusal)
+
+
+def _refusal(update: ClientUpdate, reason: str, message: str, version: int) -> Refusal:
+    return Refusal(update=update, reason=reason, message=message[:2000], version=version)
+
+
+def _after(context: Context, job: Job, record: LogRecord, previous: int) -> None:
+    """What follows from a published record. May be repeated, may be lost: the record is the truth."""
+    assert isinstance(record.event, Published)
+    head, event = record.head, record.event
+    for refusal in event.refused:
+        _refused(context, job, refusal)
+    log.info("%s: version %d from %d updates", job.id, head.version, len(event.merged))
+    if evaluation_due(job, previous, head):
+        context.send(celery.EVALUATE, {"job": job.id, "version": str(head.version)})
+    tell_published(context, job, record)
+    if head.closed:
+        tell_closed(context, job, head.closed)
+    elif decide.wants_publish(job.spec, head):
+        context.send(celery.PUBLISH, {"job": job.id})
+
+
+def evaluation_due(job: Job, previous: int, head: Head) -> bool:
+    """True if an evaluated multiple lies in (previous, version], or the job closed with this version."""
+    every = job.spec.evaluation.every
+    if not every or head.version == previous:
+        return False
+    return head.version // every > previous // every or head.closed is not None

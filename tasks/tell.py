@@ -1,0 +1,54 @@
+"""Hints to sites on the control exchange. The log says the same and counts; so a lost hint is only logged."""
+
+from __future__ import annotations
+
+import logging
+
+from broker import topology
+from federation.errors import BadMessage, BrokerUnavailable
+from federation.types import Job, LogRecord, Published, Refusal
+from federation.wire import JobClosed, NewVersion, Outcome, encode_control
+from tasks.context import Context
+
+log = logging.getLogger("fedqueue.tell")
+
+
+def tell_published(context: Context, job: Job, record: LogRecord) -> None:
+    """The new version to all, and to each contributor that its update is in."""
+    assert isinstance(record.event, Published)
+    _hint(context, NewVersion(job=job.id, version=record.head.version))
+    for contribution in record.event.merged:
+        outcome = Outcome(
+            job=job.id,
+            update_id=contribution.update.update_id,
+            result="merged",
+            version=contribution.version,
+            staleness=contribution.staleness,
+            weight=contribution.weight,
+        )
+        _hint(context, outcome, contribution.update.site)
+
+
+def tell_refused(context: Context, refusal: Refusal) -> None:
+    outcome = Outcome(
+        job=refusal.update.job,
+        update_id=refusal.update.update_id,
+        result="rejected",
+        version=refusal.version,
+        reason=refusal.reason,
+        message=refusal.message[:1000],
+    )
+    _hint(context, outcome, refusal.update.site)
+
+
+def tell_closed(context: Context, job: Job, reason: str) -> None:
+    _hint(context, JobClosed(job=job.id, reason=reason))
+
+
+def _hint(context: Context, control: NewVersion | Outcome | JobClosed, to: str = "all") -> None:
+    try:
+        context.broker.publish(topology.CONTROL_EXCHANGE, encode_control(control, to))
+    except BadMessage:
+        log.debug("nobody listens for %s", to)  # no control queue: the site is not enrolled, or long gone
+    except BrokerUnavailable as exc:
+        log.warning("hint %s to %s not sent: %s", control.kind, to, exc)
