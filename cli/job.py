@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -14,8 +15,6 @@ from rich.table import Table
 from storage.jobs import list_evaluations, list_jobs, load_job
 from storage.log import VersionLog
 from storage.models import save_model
-from storage.open import open_store
-from storage.probe import probe
 from storage.tensors import from_arrays
 
 from cli.options import BrokerUrl, JobArgument, StoreUrl, console, existing, export, fail, load
@@ -24,6 +23,8 @@ from federation.errors import BadJob, FedqueueError, NotFound, Transient
 from federation.settings import Settings
 from federation.types import Accepted, Closed, JobSpec, LogRecord, Published, Refused
 from storage.blob import BlobStore
+from storage.open import open_store
+from storage.probe import probe
 
 app = typer.Typer(help="Create jobs and look at them.", no_args_is_help=True)
 
@@ -61,18 +62,26 @@ def create(
 
 
 def submit(
-    settings: Settings, store: BlobStore, spec: JobSpec, pretrained: Path | None, wait_s: float
+    settings: Settings,
+    store: BlobStore,
+    spec: JobSpec,
+    pretrained: Path | None,
+    wait_s: float,
+    alive: Callable[[], None] = lambda: None,
 ) -> None:
-    """Upload version 0 and send `create_job`. Raises BadJob; Transient if no worker made it in `wait_s`."""
+    """Upload version 0 and send `create_job`. Raises BadJob; Transient if no worker made it in `wait_s`.
+
+    `alive` is called while waiting, and may raise.
+    """
     export(settings)
-    from detection.weights import exchanged_names, initial_state
+    from detection.weights import exchanged_names, initial_state, module_for
     from tasks.app import CREATE_JOB, sender
 
     probe(store)
     if _exists(store, spec.id):
         raise BadJob(f"there is a job {spec.id!r} already: choose another id")
     arrays = initial_state(spec, pretrained)
-    exchanged = {name: arrays[name] for name in exchanged_names(spec)}
+    exchanged = {name: arrays[name] for name in exchanged_names(module_for(spec), spec.plan.norm)}
     files = {
         "initial": save_model(store, spec.id, from_arrays(arrays)),
         "first": save_model(store, spec.id, from_arrays(exchanged)),
@@ -86,6 +95,7 @@ def submit(
         broker.close()
     deadline = time.monotonic() + wait_s
     while not _exists(store, spec.id):
+        alive()
         if time.monotonic() > deadline:
             raise Transient(
                 f"no worker made the job in {wait_s:.0f} s; the request stays queued: start `fedqueue worker`"

@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 from broker.open import declare
 from storage.access import site_policy
-from storage.open import create_bucket, open_store
-from storage.probe import probe
 
-from broker import topology
+from broker.accounts import definitions as broker_definitions
 from cli.options import BrokerUrl, StoreUrl, console, fail, load
 from federation.errors import FedqueueError
 from federation.ids import is_name
+from storage.open import create_bucket, open_store
+from storage.probe import probe
 
 app = typer.Typer(help="Set up broker and bucket.", no_args_is_help=True)
 
@@ -65,7 +65,11 @@ def definitions(
             fail(f"{name!r} cannot name a site: use lower-case letters, digits and hyphens")
     settings = load()
     name, password = _account(server)
-    typer.echo(json.dumps(topology.definitions({name: password}, sites, settings.delivery_limit), indent=2))
+    typer.echo(
+        json.dumps(
+            broker_definitions(sites, {name: password}, delivery_limit=settings.delivery_limit), indent=2
+        )
+    )
 
 
 @app.command()

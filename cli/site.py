@@ -10,7 +10,6 @@ import typer
 from broker.open import connect
 from rich.table import Table
 from storage.liveness import open_liveness
-from storage.open import open_store
 
 from cli.options import (
     BrokerUrl,
@@ -25,6 +24,7 @@ from cli.options import (
 )
 from federation.errors import FedqueueError
 from federation.settings import env_name
+from storage.open import open_store
 
 app = typer.Typer(help="Run a site, or see which sites are there.", no_args_is_help=True)
 

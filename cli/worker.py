@@ -10,12 +10,12 @@ from typing import Annotated
 import typer
 from broker.open import connect, declare
 from storage.liveness import open_liveness
-from storage.open import open_store
-from storage.probe import probe
 
 from broker import topology
 from cli.options import BrokerUrl, LiveUrl, StoreUrl, export, fail, load, log_to_stderr, stop_on_signals
 from federation.errors import FedqueueError
+from storage.open import open_store
+from storage.probe import probe
 
 
 class WorkerQueue(StrEnum):

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from detection import engine
 from detection.dataset import Dataset, load_dataset
+from detection.threads import use_threads
 from federation.errors import BadSettings
 from federation.settings import Settings
 from federation.types import JobSpec
@@ -36,7 +37,7 @@ class DetectionTrainer:
             raise BadSettings(
                 "a site needs its data: set FEDQUEUE_SITE_ANNOTATIONS (a COCO file) and FEDQUEUE_SITE_IMAGES (a folder)"
             )
-        engine.use_threads(settings.threads)
+        use_threads(settings.threads)
         return cls(settings.site_annotations, settings.site_images, settings.site_duty)
 
     def prepare(self, spec: JobSpec) -> None:
