@@ -1,0 +1,85 @@
+"""Between torch modules and named numpy arrays, the form in which models are stored and merged.
+
+A *full* state holds every tensor of the detector. What sites exchange may be less: a job whose norm policy is
+`local` or `frozen` leaves BatchNorm layers out whole, statistics, counters and affine parameters, so its
+version files hold the rest and `job.initial` holds all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from detection.registry import build
+from federation.errors import BadPayload
+from federation.types import JobSpec
+
+Norm = Literal["average", "local", "frozen"]
+Arrays = dict[str, NDArray[np.float32] | NDArray[np.int64]]
+
+
+def state(module: nn.Module) -> Arrays:
+    """Every parameter and buffer, copied: float32 or int64, C-contiguous, by name.
+
+    Raises BadPayload if the module holds a tensor of another type, which the protocol does not carry.
+    """
+    arrays: Arrays = {}
+    for name, tensor in module.state_dict().items():
+        if tensor.dtype not in (torch.float32, torch.int64):
+            raise BadPayload(f"tensor {name!r} is {tensor.dtype}: only float32 and int64 are exchanged")
+        # a copy in C order: the module goes on training, and its kernels lie channels-last
+        arrays[name] = np.array(tensor.detach().cpu().numpy(), order="C")
+    return arrays
+
+
+def load_state(module: nn.Module, arrays: Mapping[str, NDArray[np.generic]]) -> None:
+    """Copy a full state into `module`. Raises BadPayload naming the first tensor that does not fit."""
+    own = module.state_dict()
+    for name in own.keys() - arrays.keys():
+        raise BadPayload(f"tensor {name!r} is missing: a full state is needed")
+    for name, array in arrays.items():
+        if name not in own:
+            raise BadPayload(f"tensor {name!r} is not part of this architecture")
+        if tuple(own[name].shape) != array.shape:
+            raise BadPayload(f"tensor {name!r} has shape {array.shape}, must have {tuple(own[name].shape)}")
+        wanted = np.float32 if own[name].dtype == torch.float32 else np.int64
+        if array.dtype != wanted:
+            raise BadPayload(f"tensor {name!r} is {array.dtype}, must be {np.dtype(wanted).name}")
+    # torch warns about read-only arrays, which memory-mapped files are; load_state_dict copies anyway
+    module.load_state_dict({name: torch.tensor(array) for name, array in arrays.items()})
+
+
+def batch_norm_names(module: nn.Module) -> frozenset[str]:
+    """Names of all tensors that belong to BatchNorm layers."""
+    return frozenset(
+        f"{prefix}.{name}" if prefix else name
+        for prefix, layer in module.named_modules()
+        if isinstance(layer, _BatchNorm)
+        for name in layer.state_dict()
+    )
+
+
+def exchanged_names(module: nn.Module, norm: Norm) -> list[str]:
+    """Names of the tensors that a site sends and receives, sorted.
+
+    `average`: all. `local` (FedBN, Li et al. 2021, arXiv 2102.07623) and `frozen`: all but BatchNorm's.
+    """
+    kept_home = frozenset() if norm == "average" else batch_norm_names(module)
+    return sorted(set(module.state_dict()) - kept_home)
+
+
+def module_for(spec: JobSpec, pretrained: Path | None = None) -> nn.Module:
+    """The job's detector at its initial state: from the plan's seed and, if given, a pretrained backbone."""
+    return build(spec.arch, len(spec.classes), spec.plan.image_size, pretrained, seed=spec.plan.seed)
+
+
+def initial_state(spec: JobSpec, pretrained: Path | None = None) -> Arrays:
+    """The full state that a job starts from; the same bytes for the same spec, file and torch build."""
+    return state(module_for(spec, pretrained))

@@ -1,0 +1,349 @@
+"""Detectors, their weights and local training, on a few drawn rectangles."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from detection.augment import batch, whole_target
+from detection.dataset import Dataset, load_dataset
+from detection.engine import Diverged, StepReport, Trained, learning_rate, train
+from detection.evaluate import MAP_50, evaluate
+from detection.registry import ARCHS, DEFAULT_ARCH, build, load_backbone
+from detection.threads import use_threads
+from detection.weights import Arrays, exchanged_names, initial_state, load_state, state
+from federation.errors import BadDataset, BadJob, BadPayload
+from federation.layout import Layout, TensorSpec
+from federation.types import JobSpec, TrainingPlan
+
+CLASSES = ("red", "blue")
+COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    use_threads(1)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    """Six images of 128x96 with one or two coloured boxes each, the last without any."""
+    folder = tmp_path_factory.mktemp("drawn")
+    coco: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES)],
+    }
+    rng = np.random.default_rng(5)
+    for i in range(6):
+        image = Image.fromarray(rng.integers(90, 130, (96, 128, 3)).astype(np.uint8))
+        for k in range(1 + i % 2) if i < 5 else ():
+            x, y, w, h = (int(v) for v in (rng.integers(4, 30) + 60 * k, rng.integers(4, 40), 30, 40))
+            ImageDraw.Draw(image).rectangle([x, y, x + w - 1, y + h - 1], fill=COLOURS[CLASSES[(i + k) % 2]])
+            coco["annotations"].append(
+                {
+                    "id": len(coco["annotations"]),
+                    "image_id": i,
+                    "category_id": (i + k) % 2,
+                    "bbox": [x, y, w, h],
+                }
+            )
+        image.save(folder / f"{i}.png")
+        coco["images"].append({"id": i, "file_name": f"{i}.png", "width": 128, "height": 96})
+    (folder / "site.json").write_text(json.dumps(coco))
+    return load_dataset(folder / "site.json", folder, CLASSES)
+
+
+def spec(arch: str = DEFAULT_ARCH, **plan: Any) -> JobSpec:
+    small = {"image_size": 64, "batch_size": 2, "local_steps": 2, "warmup_steps": 0, **plan}
+    return JobSpec(id="test", classes=CLASSES, arch=arch, plan=TrainingPlan(**small))
+
+
+def run(job: JobSpec, weights: Mapping[str, Any], dataset: Dataset, seed: int = 1, **options: Any) -> Trained:
+    return train(job, weights, dataset, seed=seed, progress=0.0, progress_per_step=0.0, **options)
+
+
+def same(a: Arrays, b: Arrays) -> bool:
+    return a.keys() == b.keys() and all(a[name].tobytes() == b[name].tobytes() for name in a)
+
+
+# --- detectors and weights -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_architecture_trains_a_step_and_is_evaluated(arch: str, dataset: Dataset) -> None:
+    job = spec(arch)
+    weights = initial_state(job)
+    trained = run(job, weights, dataset, steps=1)
+    assert trained.weights.keys() == weights.keys()
+    changed = [n for n, a in weights.items() if not np.array_equal(a, trained.weights[n])]
+    assert len(changed) > 0.5 * len(weights), "a step moves nearly every tensor"
+    assert trained.num_examples == 6
+    assert evaluate(job, trained.weights, dataset).num_images == 6
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_states_fit_the_protocol(arch: str) -> None:
+    arrays = initial_state(spec(arch))
+    names = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64"}
+    layout = Layout.of(TensorSpec(name=n, dtype=names[a.dtype], shape=a.shape) for n, a in arrays.items())
+    assert layout.statistic_count > 0
+    assert all(a.flags.c_contiguous for a in arrays.values())
+
+
+def test_default_detector_is_small() -> None:
+    module = build(DEFAULT_ARCH, 7, 256)
+    assert sum(p.numel() for p in module.parameters()) == 206_637
+    assert module.head.regression_head.bbox_reg.bias.tolist() == [1.5] * 4
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_torchvision_call_convention_with_images_of_any_size(arch: str) -> None:
+    module = build(arch, 2, 64)
+    images = [torch.rand(3, 90, 120), torch.rand(3, 50, 40)]
+    targets = [{"boxes": torch.tensor([[5.0, 5, 35, 45]]), "labels": torch.tensor([2])}] * 2
+    losses = module.train()(images, targets)
+    assert all(torch.isfinite(value) for value in losses.values())
+    with torch.inference_mode():
+        found = module.eval()(images)
+    for result, (width, height) in zip(found, ((120, 90), (40, 50)), strict=True):
+        assert set(result) >= {"boxes", "labels", "scores"}
+        assert (result["boxes"] <= torch.tensor([width, height] * 2) + 1e-3).all()
+
+
+def test_initial_state_depends_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = initial_state(spec())
+    torch.manual_seed(2)
+    before = torch.random.get_rng_state()
+    assert same(first, initial_state(spec()))
+    assert torch.equal(before, torch.random.get_rng_state()), "the caller's generator is left alone"
+    assert not same(first, initial_state(spec(seed=1)))
+
+
+def test_state_round_trip() -> None:
+    arrays = initial_state(spec(seed=1))
+    module = build(DEFAULT_ARCH, 2, 64)
+    load_state(module, arrays)
+    assert same(state(module), arrays)
+    for array in arrays.values():
+        array.flags.writeable = False
+    load_state(module, arrays)  # memory-mapped models are read-only
+    taken = state(module)
+    with torch.no_grad():
+        next(module.parameters()).zero_()
+    assert same(taken, arrays), "a state is a copy"
+
+
+def test_load_state_names_what_does_not_fit() -> None:
+    arrays = initial_state(spec())
+    module = build(DEFAULT_ARCH, 2, 64)
+    name = "head.classification_head.cls_logits.weight"
+    with pytest.raises(BadPayload, match=f"{name}.*missing"):
+        load_state(module, {n: a for n, a in arrays.items() if n != name})
+    with pytest.raises(BadPayload, match="'extra' is not part"):
+        load_state(module, {**arrays, "extra": np.zeros(1, np.float32)})
+    with pytest.raises(BadPayload, match=f"{name}.*shape"):
+        load_state(module, initial_state(JobSpec(id="test", classes=("a",))))
+    with pytest.raises(BadPayload, match=f"{name}.*float64"):
+        load_state(module, {**arrays, name: arrays[name].astype(np.float64)})
+
+
+def test_norm_policy_decides_what_is_exchanged() -> None:
+    module = build(DEFAULT_ARCH, 2, 64)
+    everything = set(module.state_dict())
+    assert set(exchanged_names(module, "average")) == everything
+    exchanged = set(exchanged_names(module, "local"))
+    assert exchanged == set(exchanged_names(module, "frozen"))
+    kept = everything - exchanged
+    assert {n.rsplit(".", 1)[1] for n in kept} == {
+        "weight",
+        "bias",
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+    assert "backbone.body.conv1.1.weight" in kept
+    assert "backbone.body.conv1.0.weight" in exchanged
+    assert "head.classification_head.conv.2.weight" in exchanged, "GroupNorm has no statistics to keep"
+    assert not any("running" in name for name in exchanged)
+
+
+def test_pretrained_backbone_is_loaded_by_name_and_shape(tmp_path: Path) -> None:
+    kernel = torch.full((24, 3, 3, 3), 0.25)
+    file = tmp_path / "backbone.pth"
+    torch.save({"conv1.0.weight": kernel, "conv1.1.weight": torch.ones(7), "fc.weight": torch.ones(2)}, file)
+    module = build(DEFAULT_ARCH, 2, 64)
+    match = load_backbone(module, file)
+    assert match.loaded == ("body.conv1.0.weight",)
+    assert set(match.unused) == {"conv1.1.weight", "fc.weight"}
+    assert "body.conv1.1.weight" in match.missing
+    arrays = initial_state(spec(), file)
+    assert (arrays["backbone.body.conv1.0.weight"] == 0.25).all()
+
+
+def test_bad_pretrained_files_are_refused(tmp_path: Path) -> None:
+    module = build(DEFAULT_ARCH, 2, 64)
+    file = tmp_path / "backbone.pth"
+    with pytest.raises(BadJob, match="not a weights file"):
+        load_backbone(module, file)
+    file.write_bytes(b"hello")
+    with pytest.raises(BadJob, match="not a weights file"):
+        load_backbone(module, file)
+    torch.save({"nothing": torch.ones(1)}, file)
+    with pytest.raises(BadJob, match="no tensor fits"):
+        load_backbone(module, file)
+    torch.save([1, 2], file)
+    with pytest.raises(BadJob, match="state dict"):
+        load_backbone(module, file)
+    with pytest.raises(BadJob, match=DEFAULT_ARCH):
+        build("yolo", 2, 64)
+
+
+# --- training ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("arch", [DEFAULT_ARCH, "fasterrcnn_mobilenet_v3_large_320_fpn"])
+def test_same_arguments_same_bytes(arch: str, dataset: Dataset) -> None:
+    job = spec(arch)
+    weights = initial_state(job)
+    before = {name: array.copy() for name, array in weights.items()}
+    torch.manual_seed(11)
+    first = run(job, weights, dataset)
+    torch.manual_seed(12)
+    assert same(first.weights, run(job, weights, dataset).weights)
+    assert same(weights, before), "the version it started from is not written to"
+    assert not same(first.weights, run(job, weights, dataset, seed=2).weights)
+
+
+def test_frozen_norm_trains_everything_else(dataset: Dataset) -> None:
+    job = spec(norm="frozen")
+    weights = initial_state(job)
+    trained = run(job, weights, dataset).weights
+    exchanged = exchanged_names(build(DEFAULT_ARCH, 2, 64), "frozen")
+    for name in weights.keys() - set(exchanged):
+        assert np.array_equal(weights[name], trained[name]), name
+    assert not np.array_equal(
+        weights["backbone.body.conv1.0.weight"], trained["backbone.body.conv1.0.weight"]
+    )
+
+
+def test_reports_every_step(dataset: Dataset) -> None:
+    job = spec()
+    reports: list[StepReport] = []
+    trained = run(job, initial_state(job), dataset, steps=3, on_step=reports.append)
+    assert [(r.step, r.steps, r.epoch) for r in reports] == [(1, 3, 1 / 3), (2, 3, 2 / 3), (3, 3, 1.0)]
+    assert trained.metrics["loss"] == pytest.approx(np.mean([r.loss for r in reports]))
+    assert trained.metrics["steps"] == 3
+    assert trained.metrics["epochs"] == 1.0
+
+
+def test_an_exception_from_the_observer_ends_training(dataset: Dataset) -> None:
+    job = spec()
+
+    def stop(report: StepReport) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(job, initial_state(job), dataset, on_step=stop)
+
+
+def test_duty_sleeps_in_proportion(dataset: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    naps: list[float] = []
+    monkeypatch.setattr("detection.engine.time.sleep", naps.append)
+    job = spec()
+    weights = initial_state(job)
+    slow = run(job, weights, dataset, duty=0.25)
+    assert len(naps) == 2
+    assert slow.metrics["seconds"] >= sum(naps) / 3
+    assert same(slow.weights, run(job, weights, dataset).weights)
+    assert len(naps) == 2, "full duty never sleeps"
+    with pytest.raises(ValueError, match="duty"):
+        run(job, weights, dataset, duty=0)
+
+
+def test_divergence_is_an_error_and_not_an_update(dataset: Dataset) -> None:
+    job = spec()
+    weights = initial_state(job)
+    weights["backbone.body.conv1.0.weight"][0] = np.nan
+    with pytest.raises(Diverged, match="step 1 of 2") as caught:
+        run(job, weights, dataset)
+    assert caught.value.reason == "diverged"
+
+
+def test_no_steps_change_nothing(dataset: Dataset) -> None:
+    job = spec()
+    weights = initial_state(job)
+    assert same(run(job, weights, dataset, steps=0).weights, weights)
+
+
+def test_data_set_of_another_job_is_refused(dataset: Dataset) -> None:
+    job = JobSpec(id="test", classes=("blue", "red"))
+    with pytest.raises(BadDataset, match="read for classes"):
+        run(job, {}, dataset)
+    with pytest.raises(BadDataset, match="read for classes"):
+        evaluate(job, {}, dataset)
+
+
+def test_batch_of_one_that_an_architecture_cannot_train(dataset: Dataset) -> None:
+    job = spec("ssdlite320_mobilenet_v3_large", batch_size=1)
+    with pytest.raises(BadJob, match="batch_size 1"):
+        run(job, initial_state(job), dataset)
+
+
+def test_learning_rate() -> None:
+    plan = TrainingPlan(learning_rate=1.0, warmup_steps=3, final_learning_rate_fraction=0.1)
+    assert [learning_rate(plan, step, 0.0) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+    assert learning_rate(plan, 9, 0.5) == pytest.approx(0.55)
+    assert learning_rate(plan, 9, 1.0) == pytest.approx(0.1)
+    assert learning_rate(plan, 9, 1.7) == pytest.approx(0.1), "a late update of a job that is over its end"
+    constant = plan.model_copy(update={"schedule": "constant"})
+    assert learning_rate(constant, 9, 0.9) == 1.0
+
+
+def test_overfitting_a_few_images_raises_map(dataset: Dataset) -> None:
+    job = spec(batch_size=6, learning_rate=4e-3, warmup_steps=5, image_size=96)
+    weights = initial_state(job)
+    before = evaluate(job, weights, dataset).metrics[MAP_50]
+    trained = train(job, weights, dataset, seed=0, progress=0, progress_per_step=1 / 120, steps=120)
+    after = evaluate(job, trained.weights, dataset).metrics[MAP_50]
+    assert before < 0.1
+    assert after > 0.5
+
+
+# --- augmentation --------------------------------------------------------------------------------------
+
+
+def test_augmented_boxes_stay_on_their_objects(dataset: Dataset) -> None:
+    """Under every scale, crop and flip, the centre of a box is of the colour of its class."""
+    rng = np.random.default_rng(0)
+    seen = 0
+    for _ in range(8):
+        images, targets = batch(dataset, range(5), 96, rng, augment=True)
+        assert images.min() >= 0
+        assert images.max() <= 1
+        for image, target in zip(images, targets, strict=True):
+            for box, label in zip(target["boxes"], target["labels"], strict=True):
+                assert (box[2:] - box[:2] >= 2).all()
+                assert (box >= 0).all()
+                assert (box <= 96).all()
+                x, y = ((box[:2] + box[2:]) / 2).long().tolist()
+                red, _, blue = image[:, y, x].tolist()
+                assert (red > blue) == (label == 1)
+                seen += 1
+    assert seen > 40
+
+
+def test_without_augmentation_a_batch_is_the_images(dataset: Dataset) -> None:
+    images, targets = batch(dataset, [0, 5], 64, np.random.default_rng(0), augment=False)
+    assert torch.equal(images[0], dataset.square(0, 64).float() / 255)
+    np.testing.assert_allclose(targets[0]["boxes"], dataset.items[0].boxes * [0.5, 64 / 96, 0.5, 64 / 96])
+    assert targets[1]["boxes"].shape == (0, 4)
+    assert whole_target(dataset, 5, 64)["labels"].dtype == torch.int64
