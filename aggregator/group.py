@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aggregator.blocks import Floats, Ints
-from aggregator.statistics import Moments, no_moments
+from aggregator.statistics import Moments, forget, no_moments
 from federation.layout import Layout
 
 
@@ -36,4 +36,4 @@ def empty_group(layout: Layout) -> Group:
 def reset(group: Group) -> None:
     """Begin the next group in the same memory."""
     group.count = group.examples = 0
-    group.statistics.weight = 0.0
+    forget(group.statistics)

@@ -1,13 +1,13 @@
 """Folding a queue of client updates into the global model, one payload at a time.
 
-    merge = Merge(spec, layout, flat, ints, version=head.version, state=state)
+    merge = Merge(spec, layout, flat, ints, state, head.version)
     for left, update in countdown(pending):         # what is still to be read, this one included
         if merge.full or merge.needed > left:       # stop rule, or the open group cannot be completed
             break
         payload = read_and_verify(update)           # a bad one is refused and simply not added
         merge.add(update, payload.flat, payload.ints)
         del payload                                 # before the next one is loaded
-    result = merge.finish()                         # flat and ints now hold version result.version
+    result = merge.finish()                         # result.flat and .ints hold version result.version
 
 Folding n updates in one Merge gives the same bytes as n Merges with float32 storage between them (for the
 buffered strategies: one Merge per flush). Memory: the model, one accumulator (fedbuff, fedavg), the optimiser
@@ -30,8 +30,10 @@ from federation.types import ClientUpdate, Contribution, JobSpec
 
 @dataclass(frozen=True)
 class MergeResult:
-    """What a Merge came to. If nothing was merged, `version` is the one that it began with."""
+    """What a Merge came to. If nothing was merged, it is the model and the version that it began with."""
 
+    flat: Floats  # [W+2S], the vector that the Merge was given
+    ints: Ints  # [I], likewise
     version: int
     merged: tuple[Contribution, ...]
     """In log order, with their final numbers: only updates of complete groups."""
@@ -48,9 +50,8 @@ class Merge:
         layout: Layout,
         flat: Floats,
         ints: Ints,
-        *,
+        state: OptimizerState | None,
         version: int,
-        state: OptimizerState | None = None,
     ) -> None:
         """Begin with published `version`. `flat` [W+2S], `ints` [I] and `state` are modified in place.
 
@@ -62,6 +63,7 @@ class Merge:
         self._spec = spec
         self._policy = spec.aggregation
         self._layout = layout
+        self._flat, self._ints = flat, ints
         self._model = split(layout, flat, ints)
         check_state(self._policy.server_optimizer, state, layout.weight_count)
         if state is None and self._policy.server_optimizer is not None:
@@ -135,7 +137,7 @@ class Merge:
 
     def finish(self) -> MergeResult:
         """The result after the last `add`. An incomplete group is not in it: its updates stay pending."""
-        return MergeResult(self._version, self.merged, self._state)
+        return MergeResult(self._flat, self._ints, self._version, self.merged, self._state)
 
     def _complete(self) -> None:
         """The open group is complete: it becomes the next version."""

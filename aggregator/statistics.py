@@ -38,6 +38,13 @@ def no_moments(size: int) -> Moments:
     return Moments(np.zeros(size), np.zeros(size))
 
 
+def forget(moments: Moments) -> None:
+    """Back to no components. The old numbers go too: even weighed with zero they would leave their sign."""
+    moments.means.fill(0.0)
+    moments.variances.fill(0.0)
+    moments.weight = 0.0
+
+
 def add_component(moments: Moments, means: Floats, variances: Floats, weight: float) -> None:
     """One more component of `weight` ≥ 0. A weight of zero (a very stale update) changes nothing."""
     if weight > 0.0:

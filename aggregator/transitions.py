@@ -11,8 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from aggregator.decide import is_forgettable
-from federation.types import Contribution, Head, JobSpec, ModelVersion, Refusal, Remembered
+from federation.types import Contribution, Head, JobSpec, ModelVersion, Published, Refusal, Remembered
+
+
+def is_forgettable(spec: JobSpec, version: int, base_version: int) -> bool:
+    """True if at `version` or any later one an update from `base_version` is certainly too stale.
+
+    The version that an update meets is never below the published one, so no queue can change that.
+    """
+    return base_version < version - spec.aggregation.max_staleness
 
 
 def accept(head: Head, contribution: Contribution) -> Head:
@@ -33,51 +40,49 @@ def accept(head: Head, contribution: Contribution) -> Head:
 def refuse(head: Head, refusal: Refusal) -> Head:
     """Remember the id with the reason, and take it out of the queue if it was accepted before."""
     gone = refusal.update.update_id
+    pending = tuple(c for c in head.pending if c.update.update_id != gone)
+    if len(pending) == len(head.pending) and any(known.update_id == gone for known in head.remembered):
+        raise ValueError(f"{gone} was merged or refused before: it cannot be refused again")
     return Head(
         current=head.current,
-        pending=tuple(c for c in head.pending if c.update.update_id != gone),
+        pending=pending,
         remembered=_with_reasons(head.remembered, (refusal,)),
         closed=head.closed,
     )
 
 
-def still_applies(
-    head: Head, base: ModelVersion, merged: Sequence[Contribution], refused: Sequence[Refusal] = ()
-) -> bool:
-    """True if a merge onto `base` may still be published on `head`: only other updates came in between.
+def still_applies(head: Head, event: Published, base: ModelVersion) -> bool:
+    """True if `event`, made from model `base`, may still follow `head`: only other updates came in between.
 
     False: another publish won, or the job was closed, or an update was refused meanwhile. Drop the work.
     """
     pending = {c.update.update_id for c in head.pending}
-    return head.closed is None and head.current == base and pending.issuperset(_ids(merged, refused))
+    return head.closed is None and head.current == base and pending.issuperset(_ids(event))
 
 
 def publish(
-    spec: JobSpec,
-    head: Head,
-    merged: Sequence[Contribution],
-    refused: Sequence[Refusal],
-    current: ModelVersion,
-    closed: str | None = None,
+    spec: JobSpec, head: Head, event: Published, current: ModelVersion, closed: str | None = None
 ) -> Head:
-    """`merged` became version `current`; `refused` turned out bad when they were read.
+    """`event.merged` became version `current`; `event.refused` turned out bad when they were read.
 
     Both leave the queue; what was accepted in between stays, with the numbers that it has. If nothing was
-    merged there is no new version: use `refuse`.
+    merged, `current` must be the head's. `closed`: why the job ends with this version, if it does; what still
+    waits then belongs among the refused, see `decide.leftovers`.
     """
-    if not still_applies(head, head.current, merged, refused):
-        raise ValueError(
-            "the head has moved on: an update of this publish is not pending, or the job is closed"
-        )
-    if not merged or current.version != merged[-1].version or current.version <= head.version:
-        raise ValueError(f"version {current.version} is not what these {len(merged)} contributions make")
-    gone = _ids(merged, refused)
+    if not still_applies(head, event, head.current):
+        raise ValueError("the head has moved on: an update of the event is not pending, or the job is closed")
+    if event.merged:
+        if not head.version < current.version == event.merged[-1].version:
+            raise ValueError(f"version {current.version} is not what the last of the merged updates makes")
+    elif current != head.current:
+        raise ValueError("there is a new model, but nothing was merged into it")
+    gone = _ids(event)
     return Head(
         current=current,
         pending=tuple(c for c in head.pending if c.update.update_id not in gone),
         remembered=tuple(
             known
-            for known in _with_reasons(head.remembered, refused)
+            for known in _with_reasons(head.remembered, event.refused)
             if not is_forgettable(spec, current.version, known.base_version)
         ),
         closed=closed,
@@ -94,8 +99,8 @@ def close(head: Head, reason: str) -> Head:
     return Head(current=head.current, pending=head.pending, remembered=head.remembered, closed=reason)
 
 
-def _ids(merged: Sequence[Contribution], refused: Sequence[Refusal]) -> set[str]:
-    return {c.update.update_id for c in merged} | {r.update.update_id for r in refused}
+def _ids(event: Published) -> set[str]:
+    return {c.update.update_id for c in event.merged} | {r.update.update_id for r in event.refused}
 
 
 def _with_reasons(remembered: Sequence[Remembered], refused: Sequence[Refusal]) -> tuple[Remembered, ...]:
