@@ -10,21 +10,21 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from broker.open import connect, declare
 from rich.table import Table
-from storage.jobs import list_evaluations, list_jobs, load_job
-from storage.log import VersionLog
-from storage.models import save_model
-from storage.tensors import from_arrays
 
+from broker.open import connect, declare
 from cli.options import BrokerUrl, JobArgument, StoreUrl, console, existing, export, fail, load
 from cli.shares import shares
 from federation.errors import BadJob, FedqueueError, NotFound, Transient
 from federation.settings import Settings
 from federation.types import Accepted, Closed, JobSpec, LogRecord, Published, Refused
 from storage.blob import BlobStore
+from storage.jobs import list_evaluations, list_jobs, load_job
+from storage.log import VersionLog
+from storage.models import save_model
 from storage.open import open_store
 from storage.probe import probe
+from storage.tensors import from_arrays
 
 app = typer.Typer(help="Create jobs and look at them.", no_args_is_help=True)
 
@@ -75,7 +75,7 @@ def submit(
     """
     export(settings)
     from detection.weights import exchanged_names, initial_state, module_for
-    from tasks.app import CREATE_JOB, sender
+    from tasks.celery import CREATE_JOB, sender
 
     probe(store)
     if _exists(store, spec.id):

@@ -8,15 +8,15 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
-from storage.jobs import list_evaluations, load_job
-from storage.log import VersionLog
-from storage.models import load_full_model
-from storage.tensors import encode
 
 from cli.options import JobArgument, StoreUrl, console, fail, load
 from federation.errors import FedqueueError, NotFound
 from federation.types import Created, Published
+from storage.jobs import list_evaluations, load_job
+from storage.log import VersionLog
+from storage.models import load_full_model
 from storage.open import open_store
+from storage.tensors import encode
 
 app = typer.Typer(help="Model versions.", no_args_is_help=True)
 

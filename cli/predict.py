@@ -8,12 +8,12 @@ from typing import Annotated
 
 import typer
 from rich.progress import track
-from storage.jobs import load_job
-from storage.log import VersionLog
-from storage.models import load_full_model
 
 from cli.options import JobId, StoreUrl, console, fail, load
 from federation.errors import FedqueueError
+from storage.jobs import load_job
+from storage.log import VersionLog
+from storage.models import load_full_model
 from storage.open import open_store
 
 

@@ -6,13 +6,13 @@ import json
 from typing import Annotated
 
 import typer
-from broker.open import declare
-from storage.access import site_policy
 
 from broker.accounts import definitions as broker_definitions
+from broker.open import declare
 from cli.options import BrokerUrl, StoreUrl, console, fail, load
 from federation.errors import FedqueueError
 from federation.ids import is_name
+from storage.access import site_policy
 from storage.open import create_bucket, open_store
 from storage.probe import probe
 

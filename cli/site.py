@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from broker.open import connect
 from rich.table import Table
-from storage.liveness import open_liveness
 
+from broker.open import connect
 from cli.options import (
     BrokerUrl,
     JobId,
@@ -24,6 +23,7 @@ from cli.options import (
 )
 from federation.errors import FedqueueError
 from federation.settings import env_name
+from storage.liveness import open_liveness
 from storage.open import open_store
 
 app = typer.Typer(help="Run a site, or see which sites are there.", no_args_is_help=True)

@@ -8,12 +8,12 @@ from enum import StrEnum
 from typing import Annotated
 
 import typer
-from broker.open import connect, declare
-from storage.liveness import open_liveness
 
 from broker import topology
+from broker.open import connect, declare
 from cli.options import BrokerUrl, LiveUrl, StoreUrl, export, fail, load, log_to_stderr, stop_on_signals
 from federation.errors import FedqueueError
+from storage.liveness import open_liveness
 from storage.open import open_store
 from storage.probe import probe
 
@@ -90,13 +90,16 @@ def ingress(broker_url: BrokerUrl = None, live_url: LiveUrl = None) -> None:
     if settings.embedded:
         fail("with the embedded queue `fedqueue worker` is the whole server, ingress included")
     export(settings)
-    from tasks.app import send_celery
+    from tasks.celery import send_celery
     from tasks.ingress import Ingress
 
     try:
         declare(settings)
         gate = Ingress(
-            connect(settings, keep_open=True), open_liveness(settings), send_celery, settings.heartbeat_ttl_s
+            connect(settings, keep_open=True, server=True),
+            open_liveness(settings),
+            send_celery,
+            settings.heartbeat_ttl_s,
         )
         gate.run(stop_on_signals().is_set)
     except FedqueueError as exc:

@@ -17,7 +17,7 @@ class Backoff:
 
     def next_s(self) -> float:
         """Count a failure and return how long to wait for it."""
-        ceiling = min(self.limit_s, FIRST_S * 2 ** min(self.failures, 30))
+        ceiling: float = min(self.limit_s, FIRST_S * 2 ** min(self.failures, 30))
         self.failures += 1
         return ceiling * random.uniform(0.5, 1.0)
 

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 from numpy.typing import NDArray
 from storage.models import ModelCache
 from storage.tensors import TensorFile, decode, encode, from_arrays
@@ -19,7 +19,7 @@ from federation.types import Job, ModelRef
 from producers.outbox import write_durably
 from storage.blob import BlobStore
 
-Arrays = dict[str, NDArray[np.generic]]
+Arrays = dict[str, NDArray[Any]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class LocalModel:
 
     def assemble(self, version: TensorFile) -> Arrays:
         """All tensors to start training from: the version's, ours where they stay here, else the initial."""
-        arrays = dict(self.pull(self.job.initial).arrays())
+        arrays: Arrays = dict(self.pull(self.job.initial).arrays())
         if self.job.spec.plan.norm == "local" and self._norm.exists():
             arrays.update(decode(self._norm.read_bytes()).arrays())
         arrays.update(version.arrays())

@@ -11,6 +11,6 @@ deadletters.py  fedqueue.keep_dead_letter  what nobody could handle -> the store
 embedded.py     ingress and tasks in one process, on the embedded queue
 """
 
-from tasks.app import app
+from tasks.celery import app
 
 __all__ = ["app"]

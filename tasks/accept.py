@@ -10,12 +10,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
-from storage.jobs import save_refusal
-
 from aggregator import decide, transitions
 from federation.errors import Conflict, NotFound
 from federation.types import Accepted, ClientUpdate, Head, Job, LogRecord, Refusal, Refused
-from tasks import app as celery
+from storage.jobs import save_refusal
+from tasks import celery
 from tasks.context import Context, current
 from tasks.deadletters import keep_update
 from tasks.publish import publish_pending

@@ -6,15 +6,14 @@ import threading
 from dataclasses import dataclass, field
 
 from broker.open import connect
-from storage.jobs import load_job
-from storage.log import VersionLog
-from storage.open import open_store
-
 from broker.port import Broker
 from federation.settings import Settings
 from federation.types import Job
 from storage.blob import BlobStore
-from tasks.app import Send, sender
+from storage.jobs import load_job
+from storage.log import VersionLog
+from storage.open import open_store
+from tasks.celery import Send, sender
 
 
 @dataclass
@@ -54,7 +53,7 @@ def current() -> Context:
 
 
 def open_context(settings: Settings) -> Context:
-    broker = connect(settings)
+    broker = connect(settings, keep_open=True, server=True)
     return Context(settings, open_store(settings), broker, sender(settings, broker))
 
 

@@ -12,12 +12,11 @@ import uuid
 from datetime import UTC, datetime
 from typing import Any
 
-from storage.jobs import save_dead_letter
-
 from federation.types import ClientUpdate, DeadLetter
 from federation.wire import Delivery
 from storage.blob import BlobStore
-from tasks import app as celery
+from storage.jobs import save_dead_letter
+from tasks import celery
 from tasks.context import current
 
 log = logging.getLogger("fedqueue.deadletters")

@@ -11,16 +11,15 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from broker.open import connect, declare
-from storage.liveness import open_liveness
-
 from broker import topology
+from broker.open import connect, declare
 from broker.port import Handler
 from federation.errors import FedqueueError, Transient
 from federation.settings import Settings
 from federation.wire import Delivery, Message
+from storage.liveness import open_liveness
 from tasks import ingress
-from tasks.app import app
+from tasks.celery import app
 from tasks.context import install, open_context
 from tasks.deadletters import dead_letter
 
@@ -59,7 +58,7 @@ def run(settings: Settings, queues: Sequence[str], stop: Callable[[], bool]) -> 
 
 
 def _serve(settings: Settings, queues: Sequence[str], stop: Callable[[], bool]) -> None:
-    broker = connect(settings)
+    broker = connect(settings, keep_open=True, server=True)
     context = open_context(settings)
     install(context)
     handlers: dict[str, Handler] = {name: task_handler(broker.publish) for name in queues}
@@ -74,7 +73,7 @@ def _serve(settings: Settings, queues: Sequence[str], stop: Callable[[], bool]) 
 
 
 def task_handler(publish: Callable[[str, Message], None]) -> Handler:
-    """Run the task in a delivery as a worker would, and end it as app.py describes."""
+    """Run the task in a delivery as a worker would, and end it as celery.py describes."""
 
     def handle(delivery: Delivery) -> None:
         body = json.loads(delivery.body)

@@ -13,12 +13,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from storage.jobs import load_evaluation, save_evaluation
-from storage.models import load_full_model
-
 from federation.errors import BadSettings
 from federation.types import Evaluation, Job
-from tasks import app as celery
+from storage.jobs import load_evaluation, save_evaluation
+from storage.models import load_full_model
+from tasks import celery
 from tasks.context import Context, current
 
 if TYPE_CHECKING:

@@ -17,13 +17,12 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from storage.liveness import Liveness
-
 from broker import topology
 from broker.port import Broker
 from federation.errors import BadMessage, Transient
 from federation.wire import Delivery, Message, decode_heartbeat, decode_update
-from tasks.app import ACCEPT, KEEP_DEAD_LETTER, Send
+from storage.liveness import Liveness
+from tasks.celery import ACCEPT, KEEP_DEAD_LETTER, Send
 from tasks.deadletters import dead_letter
 
 log = logging.getLogger("fedqueue.ingress")

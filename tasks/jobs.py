@@ -11,12 +11,11 @@ import logging
 from datetime import UTC, datetime
 from typing import Any
 
-from storage.jobs import load_job, save_job
-from storage.models import load_model
-
 from federation.errors import BadJob, BadPayload, NotFound
 from federation.types import Head, Job, JobSpec, ModelRef, ModelVersion
-from tasks import app as celery
+from storage.jobs import load_job, save_job
+from storage.models import load_model
+from tasks import celery
 from tasks.context import Context, current
 
 log = logging.getLogger("fedqueue.jobs")

@@ -12,9 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from storage.jobs import save_refusal
-from storage.models import load_model, load_payload, save_model
-from storage.tensors import TensorFile
 
 from aggregator import decide, transitions
 from aggregator.merge import Merge
@@ -28,9 +25,11 @@ from federation.types import (
     ModelVersion,
     Published,
     Refusal,
-    Refused,
 )
-from tasks import app as celery
+from storage.jobs import save_refusal
+from storage.models import load_model, load_payload, save_model
+from storage.tensors import TensorFile
+from tasks import celery
 from tasks.context import Context, current
 from tasks.state import load_state, save_state
 from tasks.tell import tell_closed, tell_published, tell_refused
@@ -48,7 +47,7 @@ def publish_version(self: Any, job: str) -> None:
         # An earlier delivery may have died between the record and the telling.
         record = context.log(job).head()
         if isinstance(record.event, Published):
-            _after(context, the_job, record, record.head.version - len(record.event.merged))
+            _after(context, the_job, record)
 
 
 @dataclass(frozen=True)
@@ -61,7 +60,7 @@ class _Folded:
 
 
 def publish_pending(context: Context, job: Job) -> LogRecord | None:
-    """Returns the record of the new version, or None if there was nothing to publish.
+    """Returns the record that was appended, or None if there was nothing to publish.
 
     Raises Transient if the store does not answer; nothing has happened then.
     """
@@ -71,20 +70,19 @@ def publish_pending(context: Context, job: Job) -> LogRecord | None:
     if not decide.wants_publish(job.spec, record.head):
         return None
     folded = _fold(context, job, record.head)
-    if not folded.merged:
-        _refuse_all(context, job, folded.refused)
-        return None
-    while transitions.still_applies(record.head, base, folded.merged, folded.refused):
-        event, head = _next(job, record.head, folded)
+    while True:
+        event, closed = _event(job, record.head, folded)
+        if not transitions.still_applies(record.head, event, base):
+            log.info("%s: another worker published version %d first", job.id, record.head.version)
+            return None
+        head = transitions.publish(job.spec, record.head, event, folded.current, closed)
         try:
             record = versions.append(record, event, head)
         except Conflict:
             record = versions.head()  # only accepts came in between? then the fold still holds
             continue
-        _after(context, job, record, base.version)
+        _after(context, job, record)
         return record
-    log.info("%s: another worker published version %d first", job.id, record.head.version)
-    return None
 
 
 def _fold(context: Context, job: Job, head: Head) -> _Folded:
@@ -118,8 +116,8 @@ def _fold(context: Context, job: Job, head: Head) -> _Folded:
     return _Folded(result.merged, tuple(refused), current_version)
 
 
-def _next(job: Job, head: Head, folded: _Folded) -> tuple[Published, Head]:
-    """The record to append on `head`. The last version closes the job and refuses what still waits."""
+def _event(job: Job, head: Head, folded: _Folded) -> tuple[Published, str | None]:
+    """What to append on `head`. The last version closes the job and refuses what still waits."""
     refused, closed = folded.refused, None
     if folded.current.version >= job.spec.stop.max_versions:
         closed = f"version {folded.current.version}, the last of stop.max_versions, is made"
@@ -129,23 +127,7 @@ def _next(job: Job, head: Head, folded: _Folded) -> tuple[Published, Head]:
             for c in head.pending
             if c.update.update_id not in done
         )
-    head = transitions.publish(job.spec, head, folded.merged, refused, folded.current, closed)
-    return Published(merged=folded.merged, refused=refused), head
-
-
-def _refuse_all(context: Context, job: Job, refusals: tuple[Refusal, ...]) -> None:
-    """Nothing could be merged: no version, only refusals."""
-    versions = context.log(job.id)
-    for refusal in refusals:
-        record = versions.head()
-        while any(c.update.update_id == refusal.update.update_id for c in record.head.pending):
-            try:
-                versions.append(record, Refused(refusal=refusal), transitions.refuse(record.head, refusal))
-            except Conflict:
-                record = versions.head()
-                continue
-            _refused(context, job, refusal)
-            break
+    return Published(merged=folded.merged, refused=refused), closed
 
 
 def _refused(context: Context, job: Job, refusal: Refusal) -> None:
@@ -160,16 +142,17 @@ def _refusal(update: ClientUpdate, reason: str, message: str, version: int) -> R
     return Refusal(update=update, reason=reason, message=message[:2000], version=version)
 
 
-def _after(context: Context, job: Job, record: LogRecord, previous: int) -> None:
+def _after(context: Context, job: Job, record: LogRecord) -> None:
     """What follows from a published record. May be repeated, may be lost: the record is the truth."""
-    assert isinstance(record.event, Published)
-    head, event = record.head, record.event
+    event, head = record.event, record.head
+    assert isinstance(event, Published)
     for refusal in event.refused:
         _refused(context, job, refusal)
-    log.info("%s: version %d from %d updates", job.id, head.version, len(event.merged))
-    if evaluation_due(job, previous, head):
-        context.send(celery.EVALUATE, {"job": job.id, "version": str(head.version)})
-    tell_published(context, job, record)
+    if event.merged:
+        log.info("%s: version %d from %d updates", job.id, head.version, len(event.merged))
+        if evaluation_due(job, event.merged[0].version - 1, head):
+            context.send(celery.EVALUATE, {"job": job.id, "version": str(head.version)})
+        tell_published(context, job, event, head)
     if head.closed:
         tell_closed(context, job, head.closed)
     elif decide.wants_publish(job.spec, head):
@@ -179,6 +162,4 @@ def _after(context: Context, job: Job, record: LogRecord, previous: int) -> None
 def evaluation_due(job: Job, previous: int, head: Head) -> bool:
     """True if an evaluated multiple lies in (previous, version], or the job closed with this version."""
     every = job.spec.evaluation.every
-    if not every or head.version == previous:
-        return False
-    return head.version // every > previous // every or head.closed is not None
+    return every > 0 and (head.version // every > previous // every or head.closed is not None)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-from storage.models import load_model, save_model
-from storage.tensors import from_arrays
 
 from aggregator.server_opt import OptimizerState
 from federation.types import Job, ModelRef
 from storage.blob import BlobStore
+from storage.models import load_model, save_model
+from storage.tensors import from_arrays
 
 
 def load_state(store: BlobStore, ref: ModelRef | None) -> OptimizerState | None:

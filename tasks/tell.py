@@ -6,18 +6,17 @@ import logging
 
 from broker import topology
 from federation.errors import BadMessage, BrokerUnavailable
-from federation.types import Job, LogRecord, Published, Refusal
+from federation.types import Head, Job, Published, Refusal
 from federation.wire import JobClosed, NewVersion, Outcome, encode_control
 from tasks.context import Context
 
 log = logging.getLogger("fedqueue.tell")
 
 
-def tell_published(context: Context, job: Job, record: LogRecord) -> None:
+def tell_published(context: Context, job: Job, event: Published, head: Head) -> None:
     """The new version to all, and to each contributor that its update is in."""
-    assert isinstance(record.event, Published)
-    _hint(context, NewVersion(job=job.id, version=record.head.version))
-    for contribution in record.event.merged:
+    _hint(context, NewVersion(job=job.id, version=head.version))
+    for contribution in event.merged:
         outcome = Outcome(
             job=job.id,
             update_id=contribution.update.update_id,

@@ -95,18 +95,17 @@ def _run(
     site_broker_url: str | None,
     began: float,
 ) -> bool:
-    from storage.jobs import load_job
-    from storage.liveness import open_liveness
-    from storage.models import load_full_model
-    from storage.tensors import encode
-
     from cli.demo.alone import train_alone
     from cli.demo.deployment import Deployment
     from cli.demo.live import watch
     from cli.demo.processes import Processes
     from cli.demo.report import report
     from cli.job import submit
+    from storage.jobs import load_job
+    from storage.liveness import open_liveness
+    from storage.models import load_full_model
     from storage.open import open_store
+    from storage.tensors import encode
 
     spec = _spec(data, versions, steps)
     store = open_store(settings)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from cli.demo.data import DemoData
 from cli.options import console
 from federation.types import JobSpec
 
-Arrays = dict[str, NDArray[np.generic]]
+Arrays = Mapping[str, NDArray[np.generic]]
 REPORT_EVERY_STEPS = 5
 
 
@@ -31,7 +32,9 @@ class Alone:
     metrics: dict[str, float]
 
 
-def train_alone(spec: JobSpec, initial: Arrays, data: DemoData, steps: dict[str, int]) -> dict[str, Alone]:
+def train_alone(
+    spec: JobSpec, initial: Mapping[str, NDArray[np.generic]], data: DemoData, steps: dict[str, int]
+) -> dict[str, Alone]:
     """By site. `steps`: gradient steps of each."""
     context = multiprocessing.get_context("spawn")
     with (

@@ -10,15 +10,15 @@ from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
-from storage.jobs import list_evaluations
-from storage.liveness import Liveness
-from storage.log import VersionLog
 
 from cli.demo.processes import Processes
 from cli.options import console
 from federation.errors import Fatal
 from federation.types import Evaluation, Job, LogRecord, Published, SiteStatus
 from storage.blob import BlobStore
+from storage.jobs import list_evaluations
+from storage.liveness import Liveness
+from storage.log import VersionLog
 
 MAP_50 = "mAP@0.5"
 FINAL_EVALUATION_S = 300.0

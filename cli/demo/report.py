@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.table import Table
-from storage.models import load_full_model
 
 from cli.demo.alone import Alone
 from cli.demo.data import DemoData
@@ -20,6 +19,7 @@ from detection.evaluate import MAP
 from detection.predict import predict
 from federation.types import Created, Published
 from storage.blob import BlobStore
+from storage.models import load_full_model
 
 SHOWN_IMAGES = 9
 SHOWN_SCORE = 0.35

@@ -239,7 +239,7 @@ GUILTY = [
     ("tasks.accept", "import producers.outbox", "tasks may not import producers"),
     ("tasks.accept", "def f():\n    from cli.main import app", "tasks may not import cli"),
     ("dashboard.page", "import broker", "dashboard may not import broker"),
-    ("celeryconfig", "from tasks.app import app", "celeryconfig may not import tasks"),
+    ("celeryconfig", "from tasks.celery import app", "celeryconfig may not import tasks"),
     ("storage.__init__", "from . import blob\nimport tasks", "storage may not import tasks"),
     ("tasks.ingress", "import pika", "tasks may not import pika"),
     ("producers.agent", "from pika.exceptions import AMQPError", "producers may not import pika"),
@@ -296,7 +296,7 @@ INNOCENT = [
     ("tasks.evaluate", "def f():\n    from detection.evaluate import evaluate"),
     ("cli.model", "def f():\n    import detection.drawing"),
     ("cli.model", "if TYPE_CHECKING:\n    import detection.drawing"),
-    ("cli.site", "import producers.agent, tasks.app"),
+    ("cli.site", "import producers.agent, tasks.celery"),
     ("celeryconfig", "from kombu import Queue\nfrom federation.settings import Settings\nimport broker"),
     (
         "aggregator.merge",
@@ -340,7 +340,7 @@ def test_importing_federation_loads_nothing_else_of_ours(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    "module", ["tasks.app", "tasks.ingress", "tasks.publish", "tasks.evaluate", "cli.main"]
+    "module", ["tasks.celery", "tasks.ingress", "tasks.publish", "tasks.evaluate", "cli.main"]
 )
 def test_the_server_starts_without_torch(module: str, tmp_path: Path) -> None:
     if not (ROOT / module.replace(".", "/")).with_suffix(".py").exists():

@@ -57,10 +57,10 @@ RETRY_SHARE = 0.5
 counts towards the delivery limit, so returning at once would dead-letter good updates within a second."""
 
 
-def task(name: str) -> Callable[[Callable[..., None]], Any]:
+def task(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Register a function of string arguments as a task that waits out outages as described above."""
 
-    def register(function: Callable[..., None]) -> Any:
+    def register(function: Callable[..., None]) -> Callable[..., None]:
         @functools.wraps(function)
         def run(self: Any, **arguments: str) -> None:
             deadline = time.monotonic() + RETRY_SHARE * float(app.conf.task_soft_time_limit)
@@ -76,7 +76,8 @@ def task(name: str) -> Callable[[Callable[..., None]], Any]:
                 time.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(wait * 2, LONGEST_WAIT_S)
 
-        return app.task(bind=True, name=name, typing=False)(run)
+        registered: Callable[..., None] = app.task(bind=True, name=name, typing=False)(run)
+        return registered
 
     return register
 

@@ -1,0 +1,183 @@
+"""A fedqueue server as real processes, embedded or over real servers, for tests to talk to as sites do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from broker.accounts import definitions
+from broker.open import connect, declare
+from broker.port import Broker
+from federation.errors import NotFound
+from federation.settings import ENV_PREFIX, Settings, env_name
+from federation.types import ClientUpdate, Head, JobSpec
+from federation.wire import encode_update
+from storage.blob import BlobStore
+from storage.log import VersionLog
+from storage.models import save_model
+from storage.open import create_bucket, open_store
+from storage.tensors import from_arrays
+from tests.factories import Arrays, toy_arrays
+from tests.servers.rabbitmq import RabbitMQ
+from tests.servers.redis import RedisServer
+from tests.servers.rgw import Rgw
+
+ROOT = Path(__file__).resolve().parents[2]
+PATIENCE_S = 60.0
+SITES = ("site-a", "site-b")
+
+
+def until(what: str, condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
+    """Wait for `condition` to become true; fail with `what` if it does not."""
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        assert time.monotonic() < deadline, f"waited {patience_s:.0f} s for {what}"
+        time.sleep(0.05)
+
+
+@dataclass
+class Server:
+    """A server: its settings as environment, each site's broker URL where it has its own, its processes."""
+
+    environment: dict[str, str]
+    site_urls: dict[str, str]
+    folder: Path
+    commands: dict[str, list[str]]
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+
+    @property
+    def settings(self) -> Settings:
+        return self.site_settings("")
+
+    def site_settings(self, site: str) -> Settings:
+        """What `site` has in its environment; for "" the server's own."""
+        values = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in self.environment.items()}
+        if site:
+            values["site"] = site
+        if site in self.site_urls:
+            values["broker_url"] = self.site_urls[site]
+        return Settings.model_validate(values)
+
+    def as_site(self, site: str) -> Broker:
+        """The broker with that site's account."""
+        return connect(self.site_settings(site))
+
+    @property
+    def store(self) -> BlobStore:
+        return open_store(self.settings)
+
+    def start(self, name: str) -> None:
+        """Start or restart one of `commands`."""
+        inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDQUEUE_")}
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.processes[name] = subprocess.Popen(
+                [sys.executable, "-m", *self.commands[name]],
+                cwd=ROOT,
+                env={**inherited, **self.environment, "PYTHONUNBUFFERED": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def kill(self, name: str, number: int = signal.SIGKILL) -> None:
+        """Signal the process and its children, and wait for the end."""
+        process = self.processes.pop(name)
+        os.killpg(process.pid, number)
+        process.wait(30)
+
+    def alive(self) -> bool:
+        return all(process.poll() is None for process in self.processes.values())
+
+    def logs(self) -> str:
+        return "\n".join(f"== {p.name}\n{p.read_text(errors='replace')}" for p in self.folder.glob("*.log"))
+
+    def create_job(self, spec: JobSpec, arrays: Arrays | None = None) -> None:
+        """Through the queue, as `fedqueue job create` does it, with a toy model."""
+        from tasks.celery import CREATE_JOB, ROUTING_KEYS, embedded_message
+
+        ref = save_model(self.store, spec.id, from_arrays(arrays or toy_arrays()))
+        request = {"spec": spec.to_json().decode(), **dict.fromkeys(("initial", "first"), ref.to_json().decode())}
+        if self.settings.embedded:
+            broker = connect(self.settings)
+            broker.publish("fed.tasks", embedded_message(CREATE_JOB, request))
+            broker.close()
+        else:
+            from celery import Celery
+
+            with Celery(broker=self.settings.broker_url.get_secret_value()) as sender:
+                sender.send_task(
+                    CREATE_JOB, kwargs=request, exchange="fed.tasks", routing_key=ROUTING_KEYS[CREATE_JOB]
+                )
+        until(f"job {spec.id} to exist", lambda: self.head(spec.id) is not None)
+
+    def head(self, job: str) -> Head | None:
+        try:
+            return VersionLog(self.store, job).head().head
+        except NotFound:
+            return None
+
+    def send(self, update: ClientUpdate, payload: bytes | None) -> None:
+        """Upload and publish as a site does; no upload for None."""
+        if payload is not None:
+            self.store.put_if_absent(update.payload_key, payload)
+        broker = self.as_site(update.site)
+        try:
+            broker.publish("fed.updates", encode_update(update))
+        finally:
+            broker.close()
+
+    def stop(self) -> None:
+        for name in list(self.processes):
+            self.kill(name)
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """Started, and stopped at the end; the logs are shown if a test failed."""
+    create_bucket(server.settings)
+    declare(server.settings, SITES)
+    for name in server.commands:
+        server.start(name)
+    try:
+        yield server
+    finally:
+        print(server.logs())
+        server.stop()
+
+
+def embedded(folder: Path) -> Server:
+    """One aggregator process, on a queue file and a folder."""
+    environment = {
+        env_name("broker_url"): f"sqlite:{folder / 'queue.db'}",
+        env_name("store_url"): f"file:{folder / 'store'}",
+        env_name("live_url"): f"file:{folder / 'live'}",
+    }
+    commands = {"aggregator": ["cli.main", "worker", "--queue", "merge"]}
+    return Server(environment, {}, folder, commands)
+
+
+def real(folder: Path, rabbitmq: RabbitMQ, redis: RedisServer, s3: Rgw) -> Server:
+    """Ingress and a Celery worker started by Celery's own command; every site with its own broker account."""
+    rabbitmq.reset()
+    rabbitmq.import_definitions(definitions({site: f"{site}-secret" for site in SITES}))
+    environment = {
+        env_name("broker_url"): rabbitmq.url,
+        env_name("store_url"): s3.url("fedqueue"),
+        env_name("store_access_key"): s3.admin.access_key,
+        env_name("store_secret_key"): s3.admin.secret_key,
+        env_name("live_url"): redis.url,
+    }
+    site_urls = {site: rabbitmq.url_of(site, f"{site}-secret") for site in SITES}
+    commands = {
+        "ingress": ["cli.main", "ingress"],
+        "worker": ["celery", "-A", "tasks", "worker", "--loglevel", "INFO"],
+    }
+    return Server(environment, site_urls, folder, commands)

@@ -1,0 +1,116 @@
+"""The site agent against a real server: it contributes until the job closes, and never loses finished work."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+
+from federation.ids import new_update_id
+from federation.settings import Settings
+from federation.types import AggregationPolicy, LogRecord, Published, StopRule
+from producers.outbox import Outbox
+from storage.log import VersionLog
+from storage.models import load_model
+from tests.factories import client_update, job_spec, payload_of, toy_arrays
+from tests.integration.servers import Server, until
+from tests.toy_site import ToyTrainer, agent
+
+
+def new_job(server: Server, **changes: object) -> str:
+    name = f"job-{new_update_id()[-12:]}"
+    server.create_job(job_spec(name, **changes))
+    return name
+
+
+def site_settings(server: Server, site: str, state: Path) -> Settings:
+    return server.site_settings(site).model_copy(update={"site": site, "site_state": state, "poll_s": 0.1})
+
+
+def records(server: Server, job: str) -> list[LogRecord]:
+    return list(VersionLog(server.store, job).history())
+
+
+def merged_ids(server: Server, job: str) -> list[str]:
+    events = [record.event for record in records(server, job)]
+    return [c.update.update_id for e in events if isinstance(e, Published) for c in e.merged]
+
+
+def run_until_closed(server: Server, job: str, sites: dict[str, ToyTrainer], tmp_path: Path) -> None:
+    stop = threading.Event()
+    threads = [
+        threading.Thread(target=agent(site_settings(server, site, tmp_path / site), job, trainer, stop).run)
+        for site, trainer in sites.items()
+    ]
+    for thread in threads:
+        thread.start()
+    try:
+        until("the agents to end", lambda: not any(thread.is_alive() for thread in threads))
+    finally:
+        stop.set()
+
+
+def test_two_sites_work_until_the_job_closes(server: Server, tmp_path: Path) -> None:
+    job = new_job(server, stop=StopRule(max_versions=12))
+    sites = {"site-a": ToyTrainer(0.02), "site-b": ToyTrainer(0.2)}
+    run_until_closed(server, job, sites, tmp_path)
+    head = server.head(job)
+    assert head is not None
+    assert head.closed is not None
+    assert head.version == 12
+    ids = merged_ids(server, job)
+    assert len(ids) == len(set(ids)) == 12
+    assert len(sites["site-a"].bases) > len(sites["site-b"].bases) > 0  # nobody waits for the slow one
+    for site in sites:
+        assert Outbox(tmp_path / site / job).sent() == []  # every fate is known
+
+
+def test_staleness_is_counted_from_the_updates_own_base(server: Server, tmp_path: Path) -> None:
+    job = new_job(server, stop=StopRule(max_versions=10))
+    run_until_closed(server, job, {"site-a": ToyTrainer(0.02), "site-b": ToyTrainer(0.4)}, tmp_path)
+    merged = [c for r in records(server, job) if isinstance(r.event, Published) for c in r.event.merged]
+    for number, contribution in enumerate(merged):
+        assert contribution.version == number + 1
+        assert contribution.staleness == number - contribution.update.base_version
+
+
+def test_the_merged_model_is_what_the_formula_says(server: Server) -> None:
+    job = new_job(server)
+    for value in (1.0, 3.0):
+        payload = payload_of(toy_arrays(value))
+        server.send(client_update(payload, job=job), payload)
+    until("two merges", lambda: (head := server.head(job)) is not None and head.version == 2)
+    head = server.head(job)
+    assert head is not None
+    arrays = load_model(server.store, head.current.model).arrays()
+    # x = 0 -> 0.5·1 -> 0.5 + 0.5·(3 - 0.5), in either order of arrival
+    assert arrays["conv.weight"].flat[0] in (np.float32(1.75), np.float32(1.25))
+    assert int(arrays["norm.num_batches_tracked"]) == 3
+
+
+def test_fedbuff_sends_differences_and_a_lone_site_fills_the_buffer(server: Server, tmp_path: Path) -> None:
+    policy = AggregationPolicy(strategy="fedbuff", buffer_size=3)
+    job = new_job(server, aggregation=policy, stop=StopRule(max_versions=2))
+    run_until_closed(server, job, {"site-a": ToyTrainer()}, tmp_path)
+    head = server.head(job)
+    assert head is not None
+    assert head.version == 2
+    arrays = load_model(server.store, head.current.model).arrays()
+    assert 1.0 < arrays["conv.weight"].flat[0] <= 2.0  # two flushes of differences of one, some of them stale
+
+
+def test_what_a_killed_agent_had_finished_is_delivered_by_the_next_one_under_its_id(
+    server: Server, tmp_path: Path
+) -> None:
+    job = new_job(server, stop=StopRule(max_versions=1))
+    payload = payload_of(toy_arrays(1.0))
+    update = client_update(payload, job=job)
+    Outbox(tmp_path / job).put(update, payload)  # as the agent leaves it when it is killed before the upload
+    stop = threading.Event()
+    trainer = ToyTrainer()
+    thread = threading.Thread(target=agent(site_settings(server, "site-a", tmp_path), job, trainer, stop).run)
+    thread.start()
+    until("the agent to end", lambda: not thread.is_alive())
+    assert merged_ids(server, job) == [update.update_id]
+    assert trainer.bases == []
