@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from pathlib import Path
 from federation.errors import BadPayload, StoreUnavailable
 
 TEMPORARY_MARK = "~"
+STALE_TEMPORARY_S = 86_400.0
+"""A temporary file this old belongs to nobody: no write takes a day."""
 CHUNK_BYTES = 1 << 20
 
 Buffer = bytes | bytearray | memoryview
@@ -45,15 +48,15 @@ def write_temporary(folder: Path, data: Buffer) -> Path:
     return path
 
 
-def write_whole(path: Path, data: Buffer) -> None:
-    """Replace `path` by `data` in one step. Raises OSError."""
-    temporary = write_temporary(path.parent, data)
+def replace_quickly(path: Path, data: Buffer) -> None:
+    """Replace `path` in one step, without making it survive a power failure. Raises OSError."""
+    temporary = _temporary(path.parent)
     try:
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
 
 
 @contextmanager
@@ -93,6 +96,20 @@ def verified(path: Path, key: str, *, nbytes: int, sha256: str) -> Iterator[Call
         raise StoreUnavailable(f"cannot write {path}: {exc}; free some space or fix the folder") from exc
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_stale(folder: Path) -> None:
+    """Delete the temporary files that killed writers left in `folder` long ago. Raises OSError.
+
+    Other processes may be doing the same, or writing new ones.
+    """
+    oldest = time.time() - STALE_TEMPORARY_S
+    for path in folder.glob(f"{TEMPORARY_MARK}*"):
+        try:
+            if path.is_file() and path.stat().st_mtime < oldest:
+                path.unlink()
+        except FileNotFoundError:
+            continue
 
 
 def _temporary(folder: Path) -> Path:

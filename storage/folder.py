@@ -10,17 +10,21 @@ synced. So the file system must know hard links, which is tried when the store i
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from federation.errors import AccessDenied, BadPayload, NotFound, StoreUnavailable, UnsafeStore
-from storage.files import CHUNK_BYTES, TEMPORARY_MARK, Buffer, sync_folder, verified, write_temporary
+from storage.files import (
+    CHUNK_BYTES,
+    TEMPORARY_MARK,
+    Buffer,
+    remove_stale,
+    sync_folder,
+    verified,
+    write_temporary,
+)
 from storage.key_rules import check_key, check_prefix, is_segment
-
-STALE_TEMPORARY_S = 86_400.0
-"""A temporary file this old belongs to nobody: no write takes a day."""
 
 
 class FolderStore:
@@ -33,7 +37,7 @@ class FolderStore:
         self._synced: set[Path] = set()  # folders whose own names are known to be durable
         with _writing("the store's folder"):
             self._make_durable(self._temporary)
-            _remove_stale(self._temporary)
+            remove_stale(self._temporary)
             probe = write_temporary(self._temporary, b"")
         linked = probe.with_name(probe.name + "-link")
         try:
@@ -153,18 +157,6 @@ class FolderStore:
                     yield from self._list(path, prefix, start_after)
             elif path.startswith(prefix) and path > start_after:
                 yield path
-
-
-def _remove_stale(folder: Path) -> None:
-    """Delete what killed writers left in `folder` long ago; other processes may do the same right now."""
-    oldest = time.time() - STALE_TEMPORARY_S
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            try:
-                if entry.stat().st_mtime < oldest:
-                    os.unlink(entry.path)
-            except FileNotFoundError:
-                continue
 
 
 @contextmanager

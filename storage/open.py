@@ -47,13 +47,19 @@ def local_path(url: str) -> Path:
     return Path(path.removeprefix("//") if path.startswith("///") else path)
 
 
+def bucket_name(store_url: str) -> str:
+    """The bucket in an s3: store_url. Raises BadSettings."""
+    bucket = urlsplit(store_url).path.strip("/")
+    if not store_url.startswith("s3:") or not _BUCKET.match(bucket):
+        raise BadSettings("store_url: must name one bucket in lower case, as in s3://host:9000/fedqueue")
+    return bucket
+
+
 def _open_s3(settings: Settings) -> S3Store:
     parts = urlsplit(settings.store_url)
-    bucket = parts.path.strip("/")
+    bucket = bucket_name(settings.store_url)
     if parts.username is not None or parts.password is not None:
         raise BadSettings("store_url: credentials go into store_access_key and store_secret_key")
-    if not _BUCKET.match(bucket):
-        raise BadSettings("store_url: must name one bucket in lower case, as in s3://host:9000/fedqueue")
     if not _ENDPOINT.match(parts.netloc):
         raise BadSettings("store_url: the host must be a name or an address, with :port where it is not 80")
     if not settings.store_access_key or not settings.store_secret_key.get_secret_value():

@@ -1,0 +1,209 @@
+"""The version log of a job: what happened, in one order that nobody can change afterwards.
+
+    jobs/<job>/log/00000000000000000000.json     Created: version 0
+    jobs/<job>/log/00000000000000000001.json     each record holds one event and the whole head after it
+    …
+
+The next sequence number is the current one plus one, and put-if-absent of that key is the compare-and-swap: of
+all writers that decided on the same head exactly one appends, the others get Conflict and decide again.
+
+The lost reply. A write can succeed while its answer is lost; sent again, it meets its own object and looks
+refused. So each record carries a random nonce. Whoever is refused reads the record that is there: with our
+nonce it is ours, and the append succeeded; with another it is a Conflict. When even that cannot be found out,
+StoreUnavailable goes to the caller, and the same append, called again, sends the same record with the same
+nonce. A caller that gives up instead loses nothing either: it reads the head and finds its event in it, or not.
+
+The newest record is found by listing what follows the newest one seen, never by asking for the key that comes
+next: an account that may list only the log gets 403, not 404, for an object that does not exist.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+
+from federation.errors import (
+    BadPayload,
+    BadSettings,
+    Conflict,
+    CorruptLog,
+    NotFound,
+    Rejected,
+    StoreUnavailable,
+)
+from federation.keys import log_key, log_prefix, log_seq
+from federation.types import Accepted, Created, Event, Head, LogRecord, ModelVersion, Published, Refused
+from storage.blob import BlobStore
+
+MAX_RECORD_BYTES = 64 << 20
+"""No larger record is read, so none is written either."""
+
+
+def utc_now() -> datetime:
+    return datetime.now(UTC)
+
+
+def new_nonce() -> str:
+    return uuid.uuid4().hex
+
+
+class VersionLog:
+    """One process's view of one job's log. Keeps the newest record seen; not for sharing between threads."""
+
+    def __init__(
+        self,
+        store: BlobStore,
+        job: str,
+        *,
+        clock: Callable[[], datetime] = utc_now,
+        nonce: Callable[[], str] = new_nonce,
+    ) -> None:
+        self._store, self._job = store, job
+        self._clock, self._nonce = clock, nonce
+        self._newest: LogRecord | None = None
+        self._unproven: LogRecord | None = None  # sent, with no answer that proves anything
+
+    def create(self, head: Head) -> LogRecord:
+        """Begin the log with `head` and return its newest record; beginning it again with the same is harmless.
+
+        Raises Conflict if the log began with another head; StoreUnavailable.
+        """
+        try:
+            self._commit(0, Created(), head)
+        except Conflict:
+            if self._get(0).head != head:
+                raise
+        return self.head()
+
+    def head(self) -> LogRecord:
+        """The newest record. Raises NotFound if the job has no log, CorruptLog, StoreUnavailable."""
+        after = -1 if self._newest is None else self._newest.seq
+        newest = max(self._sequence(after), default=after)
+        if newest > after:
+            self._newest = self._get(newest)
+        if self._newest is None:
+            raise NotFound(f"job {self._job!r} has no log")
+        return self._newest
+
+    def append(self, after: LogRecord, event: Event, head: Head) -> LogRecord:
+        """Write the record that follows `after`.
+
+        Raises Conflict if another one does; StoreUnavailable if that cannot be known now: the same call may
+        then be repeated, on this object, and will not append twice.
+        """
+        return self._commit(after.seq + 1, event, head)
+
+    def history(self, start: int = 0) -> Iterator[LogRecord]:
+        """Records from sequence number `start` to the newest, oldest first.
+
+        Raises NotFound if the job has no log, CorruptLog, StoreUnavailable.
+        """
+        seq = start - 1
+        for seq in self._sequence(start - 1):
+            yield self._get(seq)
+        if seq < 0:
+            raise NotFound(f"job {self._job!r} has no log")
+
+    def follow(self, after_seq: int) -> list[LogRecord]:
+        """What was appended after sequence number `after_seq`; empty if nothing."""
+        return list(self.history(after_seq + 1))
+
+    def find(self, update_id: str) -> LogRecord | None:
+        """The newest record whose event names the update: reads the log backwards, so use it rarely."""
+        for seq in range(self.head().seq, -1, -1):
+            record = self._get(seq)
+            if update_id in named(record.event):
+                return record
+        return None
+
+    def version(self, version: int) -> ModelVersion:
+        """A stored model version by its number.
+
+        Raises NotFound if it was never stored: one publish may advance the number by more than one.
+        """
+        newest = self.head()
+        if newest.head.version == version:
+            return newest.head.current
+        low, high = 0, newest.seq  # versions never fall along the log: bisect for the first that reaches it
+        while low < high:
+            middle = (low + high) // 2
+            if self._get(middle).head.version < version:
+                low = middle + 1
+            else:
+                high = middle
+        current = self._get(low).head.current
+        if current.version != version:
+            raise NotFound(
+                f"job {self._job!r} has no stored version {version}; the newest is {newest.head.version}"
+            )
+        return current
+
+    def _commit(self, seq: int, event: Event, head: Head) -> LogRecord:
+        record = self._unproven
+        if record is None or (record.seq, record.event, record.head) != (seq, event, head):
+            record = LogRecord(
+                job=self._job, seq=seq, nonce=self._nonce(), at=self._clock(), event=event, head=head
+            )
+        data = record.to_json()
+        if len(data) > MAX_RECORD_BYTES:
+            raise BadSettings(
+                f"log record {seq} of job {self._job!r} would have {len(data)} bytes, at most {MAX_RECORD_BYTES} "
+                "can be read: too many updates are pending or remembered (aggregation.max_pending, max_staleness)"
+            )
+        self._unproven = record
+        if not self._store.put_if_absent(log_key(self._job, seq), data):
+            try:
+                present = self._get(seq)
+            except NotFound as exc:  # refused because of an object that is not there: the store is not itself
+                raise StoreUnavailable(f"log record {seq} of job {self._job!r} is there and is not") from exc
+            if present.nonce != record.nonce:
+                self._unproven = None
+                raise Conflict(f"log record {seq} of job {self._job!r} was appended by another writer")
+        self._unproven = None
+        if self._newest is None or self._newest.seq < seq:
+            self._newest = record
+        return record
+
+    def _sequence(self, after: int) -> Iterator[int]:
+        """Sequence numbers above `after` that the store lists, each one more than the last, or CorruptLog."""
+        start_after = log_key(self._job, after) if after >= 0 else ""
+        expected = after + 1
+        for key in self._store.list(log_prefix(self._job), start_after=start_after):
+            seq = log_seq(key)
+            for missed in range(expected, seq):
+                # a listing that runs while others append may show a record and not the one before it
+                try:
+                    self._store.size(log_key(self._job, missed))
+                except NotFound as exc:
+                    raise CorruptLog(
+                        f"job {self._job!r}: log record {missed} is missing, {seq} is there: restore it"
+                    ) from exc
+                yield missed
+            yield seq
+            expected = seq + 1
+
+    def _get(self, seq: int) -> LogRecord:
+        key = log_key(self._job, seq)
+        try:
+            record = LogRecord.from_json(self._store.get(key, max_bytes=MAX_RECORD_BYTES))
+        except BadPayload as exc:
+            raise CorruptLog(f"{key}: {exc}") from exc
+        except Rejected as exc:
+            raise CorruptLog(f"{key} is no log record: {exc}") from exc
+        if (record.job, record.seq) != (self._job, seq):
+            raise CorruptLog(f"{key} says that it is record {record.seq} of job {record.job!r}")
+        return record
+
+
+def named(event: Event) -> set[str]:
+    """The ids of the updates whose fate `event` tells."""
+    match event:
+        case Accepted():
+            return {event.contribution.update.update_id}
+        case Refused():
+            return {event.refusal.update.update_id}
+        case Published():
+            merged = {contribution.update.update_id for contribution in event.merged}
+            return merged | {refusal.update.update_id for refusal in event.refused}
+    return set()

@@ -1,0 +1,105 @@
+"""Models and payloads in the store: written under their own digest, read with size and digest checked."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from federation.errors import BadPayload, CorruptLog, NotFound, StoreUnavailable
+from federation.keys import model_key
+from federation.layout import Layout
+from federation.types import ClientUpdate, Job, ModelRef
+from storage.blob import BlobStore
+from storage.files import remove_stale
+from storage.tensors import TensorFile, decode, encode, from_arrays
+
+
+def save_model(store: BlobStore, job: str, file: TensorFile) -> ModelRef:
+    """Store a model under its digest; saving the same tensors again changes nothing. Raises StoreUnavailable."""
+    data = encode(file)
+    digest = hashlib.sha256(data).hexdigest()
+    ref = ModelRef(key=model_key(job, digest), sha256=digest, nbytes=len(data))
+    if not store.put_if_absent(ref.key, data) and store.size(ref.key) != ref.nbytes:
+        raise CorruptLog(f"{ref.key} has not the size of its content: delete it and run this again")
+    return ref
+
+
+def load_model(store: BlobStore, ref: ModelRef, expected: Layout | None = None) -> TensorFile:
+    """Read a model. Raises NotFound; BadPayload ("too-large" | "wrong-size" | "wrong-digest" | as decode)."""
+    data = store.get(ref.key, max_bytes=ref.nbytes)
+    _verify(ref.key, data, ref.nbytes, ref.sha256)
+    return decode(data, expected)
+
+
+def load_full_model(store: BlobStore, job: Job, ref: ModelRef) -> TensorFile:
+    """A version with all tensors of the job's model: those that are not exchanged come from `job.initial`.
+
+    Raises NotFound, BadPayload.
+    """
+    version = load_model(store, ref)
+    initial = load_model(store, job.initial)
+    if version.layout == initial.layout:
+        return version
+    return from_arrays({**initial.arrays(), **version.arrays()})
+
+
+def load_payload(store: BlobStore, update: ClientUpdate, layout: Layout, max_bytes: int) -> TensorFile:
+    """Read what a site uploaded, trusting nothing; its size is checked before a byte is read.
+
+    Raises BadPayload: "missing-payload", "too-large", "wrong-size", "wrong-digest", and as `decode`.
+    """
+    key = update.payload_key
+    if update.payload_bytes > max_bytes:
+        raise BadPayload(
+            f"{key}: {update.payload_bytes} bytes, this job reads at most {max_bytes}", "too-large"
+        )
+    try:
+        nbytes = store.size(key)
+        if nbytes != update.payload_bytes:
+            raise BadPayload(f"{key} has {nbytes} bytes, declared are {update.payload_bytes}", "wrong-size")
+        data = store.get(key, max_bytes=update.payload_bytes)
+    except NotFound as exc:
+        raise BadPayload(f"{key} is not in the store: upload before publishing", "missing-payload") from exc
+    _verify(key, data, update.payload_bytes, update.payload_sha256)
+    return decode(data, layout)
+
+
+def _verify(key: str, data: bytes, nbytes: int, sha256: str) -> None:
+    if len(data) != nbytes:
+        raise BadPayload(f"{key} has {len(data)} bytes, declared are {nbytes}", "wrong-size")
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != sha256:
+        raise BadPayload(f"{key} has sha256 {digest}, declared is {sha256}", "wrong-digest")
+
+
+@dataclass(frozen=True)
+class ModelCache:
+    """A site's downloaded models, `<folder>/<sha256>.safetensors`; the least recently used ones are deleted."""
+
+    folder: Path
+    max_files: int
+
+    def fetch(self, store: BlobStore, ref: ModelRef) -> Path:
+        """The model's file, downloaded and verified if it is not there yet.
+
+        Raises NotFound, BadPayload ("wrong-size" | "wrong-digest"), StoreUnavailable.
+        """
+        path = self.folder / f"{ref.sha256}.safetensors"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not path.is_file() or path.stat().st_size != ref.nbytes:
+                store.get_to_file(ref.key, path, nbytes=ref.nbytes, sha256=ref.sha256)
+            os.utime(path)
+            self._prune(path)
+        except OSError as exc:
+            raise StoreUnavailable(f"the model cache {self.folder} cannot be used: {exc}") from exc
+        return path
+
+    def _prune(self, newest: Path) -> None:
+        others = [path for path in self.folder.glob("*.safetensors") if path != newest]
+        others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+        for path in others[max(0, self.max_files - 1) :]:
+            path.unlink(missing_ok=True)
+        remove_stale(self.folder)
