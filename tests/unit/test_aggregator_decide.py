@@ -331,6 +331,7 @@ def test_work_is_dropped_if_another_publish_won_or_the_job_was_closed() -> None:
     won = published(SPEC, start, 1)
     assert not still_applies(won, event, start.current)
     assert not still_applies(close(start, "stopped"), event, start.current)
+    assert not still_applies(start, event, make_version(1))
     for head in (won, close(start, "stopped")):
         with pytest.raises(ValueError, match="moved on"):
             publish(SPEC, head, event, make_version(2))
