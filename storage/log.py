@@ -171,6 +171,8 @@ class VersionLog:
         expected = after + 1
         for key in self._store.list(log_prefix(self._job), start_after=start_after):
             seq = log_seq(key)
+            if key != log_key(self._job, seq):
+                raise CorruptLog(f"{key} is not the key of a log record: move it out of the log's prefix")
             for missed in range(expected, seq):
                 # a listing that runs while others append may show a record and not the one before it
                 try:

@@ -6,7 +6,10 @@ import hashlib
 import itertools
 import multiprocessing
 import os
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -35,7 +38,7 @@ from storage.memory import MemoryStore
 from storage.open import create_bucket, open_store
 from storage.probe import probe
 from storage.s3 import S3Store
-from tests.servers import free_port
+from tests.servers import free_port, missing
 from tests.servers.rgw import Account, Rgw
 
 WRITERS = 16
@@ -469,6 +472,45 @@ def test_a_slow_line_is_not_a_dead_one(serve: Serve) -> None:
     store = serve(Handler, connect_timeout_s=connect_timeout_s)
     assert store.put_if_absent("k", bytes(16 << 20))
     assert len(Handler.objects["/bucket/k"]) == 16 << 20
+
+
+def test_tls_is_verified(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An own certificate authority works through SSL_CERT_FILE; an unknown one does not."""
+    if shutil.which("openssl") is None:
+        missing("openssl", "apt-get install openssl")
+    certificate, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subject = ("-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2")
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", *subject),
+            *("-keyout", str(key), "-out", str(certificate)),
+        ],
+        check=True,
+        capture_output=True,
+    )
+
+    class Handler(NaiveS3):
+        objects: dict[str, bytes] = {}  # noqa: RUF012
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+    address = f"127.0.0.1:{server.server_port}"
+    try:
+        monkeypatch.setattr(s3, "ATTEMPTS", 1)
+        with pytest.raises(StoreUnavailable, match="CERTIFICATE_VERIFY_FAILED"):
+            S3Store(address, "bucket", "key", "secret", tls=True).put("k", b"1")
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        data = os.urandom(1 << 20)
+        store = S3Store(address, "bucket", "key", "secret", tls=True)
+        store.put("k", data)
+        assert store.get("k", max_bytes=len(data)) == data
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def test_nothing_is_unpacked(serve: Serve) -> None:

@@ -109,7 +109,7 @@ def test_vectors_that_do_not_fit_the_layout_are_a_mistake() -> None:
     with pytest.raises(ValueError, match="the layout needs"):
         TensorFile(layout, np.zeros(3, np.float32), np.zeros(1, np.int64))
     with pytest.raises(ValueError, match="the layout needs"):
-        TensorFile(layout, np.zeros(10, np.float64), np.zeros(1, np.int64))  # type: ignore[arg-type]
+        TensorFile(layout, np.zeros(10, np.float64), np.zeros(1, np.int64))
 
 
 # --- the safetensors library -------------------------------------------------------------------------------
