@@ -39,8 +39,9 @@ def log_key(job: str, seq: int) -> str:
 
 def log_seq(key: str) -> int:
     """The sequence number in a log key. Raises CorruptLog for a key that is none."""
-    digits = key.rsplit("/", 1)[-1].removesuffix(".json")
-    if len(digits) != 20 or not digits.isascii() or not digits.isdigit():
+    name = key.rsplit("/", 1)[-1]
+    digits, suffix = name[:20], name[20:]
+    if suffix != ".json" or not digits.isascii() or not digits.isdigit():
         raise CorruptLog(f"{key} is not the key of a log record: move it out of the log's prefix")
     return int(digits)
 

@@ -26,6 +26,8 @@ from federation.ids import Name
 
 ENV_PREFIX = "FEDQUEUE_"
 CONFIG_ENV = "FEDQUEUE_CONFIG"
+CLI_ENV_PREFIX = "FEDQUEUE_CLI_"
+"""Flags of single commands, which are no settings: cli/ reads them."""
 DEFAULT_CONFIG = "fedqueue.toml"
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
@@ -104,8 +106,8 @@ class Settings(BaseSettings):
         scheme, colon, rest = text.partition(":")
         if scheme not in allowed or not colon or not rest.strip("/"):
             raise ValueError(f"must begin with one of {', '.join(s + ':' for s in allowed)} and name a place")
-        if scheme not in ("file", "sqlite") and not urlsplit(text).hostname:
-            raise ValueError("has no host")
+        if scheme not in ("file", "sqlite"):
+            _check_host(text)
         return value
 
     @property
@@ -136,6 +138,7 @@ class Settings(BaseSettings):
             for name in os.environ
             if name.startswith(ENV_PREFIX)
             and name != CONFIG_ENV
+            and not name.startswith(CLI_ENV_PREFIX)
             and name.removeprefix(ENV_PREFIX).lower() not in cls.model_fields
         ]
         if unknown:
@@ -146,6 +149,20 @@ class Settings(BaseSettings):
             raise BadSettings(f"settings: {describe(exc)} (environment names: {ENV_PREFIX}<FIELD>)") from exc
         except ValueError as exc:  # a TOML file that is no TOML
             raise BadSettings(f"settings file: {exc}") from exc
+
+
+def _check_host(url: str) -> None:
+    """Raises ValueError, without a part of the URL in it: it may hold a password."""
+    try:
+        parts = urlsplit(url)
+        host, _ = parts.hostname, parts.port
+    except ValueError:
+        # most often the cause is a password with "/" in it, which ends the host early
+        raise ValueError(
+            "host or port cannot be read; in a password write / # ? @ as %2F %23 %3F %40"
+        ) from None
+    if not host:
+        raise ValueError("has no host")
 
 
 def env_name(field: str) -> str:
