@@ -6,8 +6,7 @@
     Refuse      refuse it for good
 
 Outcomes, not exceptions. A decision holds for the head that it was made from; after a conflict decide again.
-The event that records it leads to the next head by `accept`, `refuse`, `publish` or `close`, which live in
-`aggregator.transitions` and may be imported from here.
+The head after the event that records it comes from `aggregator.transitions`.
 
 The order of the checks matters. A redelivered update must be recognised whatever has changed since, so the
 duplicate check is first. An id may be forgotten once its base is too old, so the check that catches those
@@ -18,25 +17,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aggregator.transitions import accept, close, is_forgettable, publish, refuse, still_applies
+from aggregator.transitions import is_forgettable
 from aggregator.weighting import assign, met_version
 from federation.types import ClientUpdate, Contribution, Head, Job, JobSpec, Refusal
-
-__all__ = [
-    "Accept",
-    "Decision",
-    "Duplicate",
-    "Refuse",
-    "TooStale",
-    "accept",
-    "close",
-    "decide",
-    "leftovers",
-    "publish",
-    "refuse",
-    "still_applies",
-    "wants_publish",
-]
 
 TOO_STALE = "too-stale"
 JOB_CLOSED = "job-closed"
@@ -118,7 +101,7 @@ def wants_publish(spec: JobSpec, head: Head) -> bool:
 def leftovers(head: Head) -> tuple[Refusal, ...]:
     """Refusals for what is still pending in a closed job, so that those updates end in exactly one way too.
 
-    Record them with `refuse`, one by one. Empty while the job is open, and once all are refused.
+    Record them with `transitions.refuse`, one by one. Empty while the job is open, and once all are refused.
     """
     if head.closed is None:
         return ()

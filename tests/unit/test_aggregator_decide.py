@@ -8,20 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.decide import (
-    Accept,
-    Duplicate,
-    Refuse,
-    TooStale,
-    accept,
-    close,
-    decide,
-    leftovers,
-    publish,
-    refuse,
-    still_applies,
-    wants_publish,
-)
+from aggregator.decide import Accept, Duplicate, Refuse, TooStale, decide, leftovers, wants_publish
+from aggregator.transitions import accept, close, publish, refuse, still_applies
 from aggregator.weighting import assign
 from federation.types import ClientUpdate, Head, JobSpec, Published, Refusal
 from tests.unit.aggregator_cases import make_head, make_job, make_spec, make_update, make_version, queue
