@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from federation import keys
 from federation.base import Value
-from federation.errors import CorruptLog, NotFound, Rejected
+from federation.errors import AccessDenied, CorruptLog, NotFound, Rejected
 from federation.types import DeadLetter, Evaluation, Job, Refusal
 from storage.blob import BlobStore
 
@@ -26,7 +26,13 @@ def save_job(store: BlobStore, job: Job) -> bool:
 
 def load_job(store: BlobStore, job_id: str) -> Job:
     """Raises NotFound, CorruptLog if job.json is not one."""
-    return _load(store, keys.job_key(job_id), Job)
+    try:
+        return _load(store, keys.job_key(job_id), Job)
+    except AccessDenied as exc:
+        # A site's account gets this answer for a missing object, too; but it may list the log.
+        if next(iter(store.list(keys.log_prefix(job_id))), None) is None:
+            raise NotFound(f"there is no job {job_id!r}") from exc
+        raise
 
 
 def list_jobs(store: BlobStore) -> list[str]:

@@ -659,3 +659,30 @@ def test_a_folder_that_was_removed_comes_back(tmp_path: Path) -> None:
     with pytest.raises(StoreUnavailable):
         store.put_if_absent("a/b/d", b"1")
     assert store.put_if_absent("a/b/d", b"1")
+
+
+def _write_for_ever(root: Path, started: multiprocessing.Queue[int]) -> None:
+    store = FolderStore(root)
+    for n in itertools.count():
+        store.put_if_absent(f"objects/{n:06d}", bytes(1 << 18))
+        store.put("hint", b"%06d" % n * (1 << 15))
+        started.put(n)
+
+
+def test_a_killed_writer_leaves_whole_objects_only(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    for victim in range(5):
+        started = context.Queue()
+        root = tmp_path / str(victim)
+        writer = context.Process(target=_write_for_ever, args=(root, started))
+        writer.start()
+        for _ in range(1 + victim):
+            last = started.get(timeout=60)
+        writer.kill()
+        writer.join(60)
+        store = FolderStore(root)
+        keys = list(store.list("objects/"))
+        assert len(keys) > last
+        assert {store.get(key, max_bytes=1 << 20) for key in keys} == {bytes(1 << 18)}
+        hint = store.get("hint", max_bytes=1 << 20)
+        assert hint == hint[:6] * (1 << 15)

@@ -38,6 +38,7 @@ from storage.folder import FolderStore
 from storage.log import VersionLog
 from storage.memory import MemoryStore
 from storage.open import create_bucket, open_store
+from tests.servers.rgw import Rgw
 
 JOB = "job"
 AT = datetime(2030, 1, 2, 3, 4, 5, tzinfo=UTC)
@@ -360,3 +361,42 @@ def test_no_record_is_written_that_could_not_be_read(monkeypatch: pytest.MonkeyP
     store.put(log_key(JOB, 1), b" " * 701)
     with pytest.raises(CorruptLog, match="701 bytes"):
         log.head()
+
+
+@pytest.mark.s3
+@pytest.mark.chaos
+def test_nothing_that_was_appended_is_lost_when_the_server_is_killed() -> None:
+    with Rgw("bluestore", 2 << 30) as server:
+        settings = Settings(
+            store_url=server.url("durable"),
+            store_access_key=server.admin.access_key,
+            store_secret_key=SecretStr(server.admin.secret_key),
+        )
+        create_bucket(settings)
+        store = open_store(settings)
+        log = VersionLog(store, JOB)
+        record = log.create(head(0))
+        written = [record]
+        halfway, done = threading.Event(), threading.Event()
+
+        def append() -> None:
+            nonlocal record
+            for version in range(1, 61):
+                while True:
+                    try:
+                        record = log.append(record, Closed(reason=f"{version}"), head(version))
+                        break
+                    except StoreUnavailable:
+                        done.wait(0.1)
+                written.append(record)
+                if version == 20:
+                    halfway.set()
+
+        writer = threading.Thread(target=append)
+        writer.start()
+        assert halfway.wait(60)
+        server.stop(kill=True)
+        server.start()
+        writer.join(120)
+        assert not writer.is_alive()
+        assert list(VersionLog(open_store(settings), JOB).history()) == written

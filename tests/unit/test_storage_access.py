@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 from pydantic import SecretStr
 
-from federation.errors import AccessDenied, BadSettings
+from federation.errors import AccessDenied, BadSettings, NotFound
 from federation.settings import Settings
 from storage.access import site_policy
 from storage.blob import BlobStore
+from storage.jobs import load_job
 from storage.open import create_bucket, open_store
 from storage.s3 import S3Store
 from tests.servers.rgw import Account, Rgw
@@ -179,6 +180,23 @@ def test_a_site_cannot_tell_a_missing_object_from_a_forbidden_one_but_can_list_t
     assert list(north.list("jobs/j/log/", start_after=LOG)) == []
     server.put(f"jobs/j/log/{1:020d}.json", b"2")
     assert list(north.list("jobs/j/log/", start_after=LOG)) == [f"jobs/j/log/{1:020d}.json"]
+
+
+@pytest.mark.s3
+def test_a_site_is_told_that_a_job_does_not_exist_yet(
+    stores: tuple[BlobStore, BlobStore], s3_server: Rgw
+) -> None:
+    _, north = stores
+    with pytest.raises(NotFound, match="no job 'later'"):
+        load_job(north, "later")
+    stranger = s3_server.user(Account("stranger", "stranger-key", "stranger-secret"))
+    settings = Settings(
+        store_url=s3_server.url("access"),
+        store_access_key=stranger.access_key,
+        store_secret_key=SecretStr(stranger.secret_key),
+    )
+    with pytest.raises(AccessDenied):
+        load_job(open_store(settings), "later")
 
 
 @pytest.mark.s3
