@@ -14,11 +14,11 @@ is what it is.
 from __future__ import annotations
 
 import logging
-import pickle
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ def load_backbone(module: nn.Module, path: Path) -> BackboneMatch:
         raise BadJob(f"{path}: not a weights file: there must be a .pth archive as torch.save writes it")
     try:
         stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as exc:
+    except (RuntimeError, UnpicklingError) as exc:
         raise BadJob(f"{path}: not a weights file that torch can load safely: {exc}") from exc
     if not isinstance(stored, dict) or not all(isinstance(value, Tensor) for value in stored.values()):
         raise BadJob(f"{path}: must hold a state dict, names to tensors")
