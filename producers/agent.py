@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
+import time
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,24 +18,25 @@ from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from storage.jobs import load_job
-from storage.log import VersionLog
-from storage.models import ModelCache
 
 from broker import topology
 from broker.port import Broker
-from federation.errors import FedqueueError, NotFound, Transient
+from federation.errors import BadMessage, FedqueueError, NotFound, Transient
 from federation.ids import new_update_id
 from federation.keys import update_key
 from federation.settings import Settings
 from federation.types import ClientUpdate, Head, Job, JobSpec
+from federation.wire import Delivery, JobClosed, decode_control
 from producers.backoff import Backoff
-from producers.delivery import Delivery
+from producers.delivery import Courier
 from producers.follow import Follower
 from producers.heartbeat import Heartbeat
 from producers.local import LocalModel
 from producers.outbox import Outbox
 from storage.blob import BlobStore
+from storage.jobs import load_job
+from storage.log import VersionLog
+from storage.models import ModelCache
 
 log = logging.getLogger("fedqueue.site")
 
@@ -102,13 +104,14 @@ class SiteAgent:
         self._folder = settings.site_state / job_id
         self._broker = connect()
         self._outbox = Outbox(self._folder)
-        self._delivery = Delivery(self._outbox, store, self._broker)
+        self._courier = Courier(self._outbox, store, self._broker)
         self._follower = Follower(VersionLog(store, job_id), self._outbox)
         self._backoff = Backoff(settings.backoff_limit_s)
         self._heartbeat = Heartbeat(self.site, connect, settings.heartbeat_s, settings.heartbeat_ttl_s)
         self._heartbeat.update(job=job_id, agent_version=agent_version)
         self._attempts: dict[int, int] = {}
         self._epochs = 0.0
+        self._next_hint = 0.0
 
     def run(self) -> None:
         """Raises Fatal if this site cannot take part (credentials, settings), BadDataset for its data."""
@@ -132,15 +135,15 @@ class SiteAgent:
     def _step(self, job: Job, model: LocalModel) -> bool:
         """Deliver what waits, look, and train or wait. True: the job is closed and nothing is owed."""
         self._heartbeat.update(outbox=sum(1 for _ in self._outbox.waiting()))
-        self._delivery.deliver()
-        self._heartbeat.update(outbox=0, updates=self._delivery.confirmed)
+        self._courier.deliver()
+        self._heartbeat.update(outbox=0, updates=self._courier.confirmed)
         head = self._follower.look()
         owed = len(self._outbox.sent())
         if head.closed and not owed:
             log.info("the job is closed: %s", head.closed)
             return True
         if head.closed or owed >= job.spec.inflight_limit:
-            self._delivery.republish()
+            self._courier.republish()
             self._wait(f"for {owed} sent updates to be merged")
         else:
             self._train(job, model, head)
@@ -155,6 +158,7 @@ class SiteAgent:
         self._heartbeat.update(state="training", step=0, steps=job.spec.plan.local_steps)
         log.info("training from version %d", base)
         attempt = self._attempts.get(base, 0)
+        self._next_hint = 0.0
         trained = self._trainer.train(
             job.spec,
             weights,
@@ -192,6 +196,18 @@ class SiteAgent:
         self._heartbeat.update(step=progress.step, steps=progress.steps, epoch=self._epochs + progress.epoch)
         if self._stop.is_set():
             raise Stopped
+        if time.monotonic() > self._next_hint:
+            self._next_hint = time.monotonic() + RESYNC_EVERY * self._settings.poll_s
+            if self._is_closed():
+                raise Closed
+
+    def _is_closed(self) -> bool:
+        """Asked in the middle of training: work for a closed job would be thrown away. A hint is enough."""
+        try:
+            hints = self._broker.drain(topology.control_queue(self.site))
+        except Transient:
+            return False
+        return any(_closes(hint, self.job_id) for hint in hints)
 
     # --- waiting -------------------------------------------------------------------------------------------
 
@@ -217,6 +233,9 @@ class SiteAgent:
                 result = action()
             except Stopped:
                 return None
+            except Closed:
+                log.info("the job closed while training for it: this attempt is dropped")
+                return None
             except Transient as exc:
                 seconds = self._backoff.next_s()
                 log.warning("waiting %.1f s: %s", seconds, exc)
@@ -230,6 +249,19 @@ class SiteAgent:
 
 class Stopped(FedqueueError):
     """The agent was told to stop in the middle of training; the attempt is dropped."""
+
+
+class Closed(FedqueueError):
+    """The job closed in the middle of training; the attempt is dropped."""
+
+
+def _closes(hint: Delivery, job_id: str) -> bool:
+    try:
+        control = decode_control(hint)
+    except BadMessage as exc:
+        log.warning("control message dropped: %s", exc)
+        return False
+    return isinstance(control, JobClosed) and control.job == job_id
 
 
 def training_seed(plan_seed: int, site: str, base_version: int, attempt: int) -> int:

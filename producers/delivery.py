@@ -26,7 +26,7 @@ disk: send it again. If it only waits in a long queue, the server drops the dupl
 
 
 @dataclass
-class Delivery:
+class Courier:
     """Delivers the updates of one outbox."""
 
     outbox: Outbox

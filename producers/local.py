@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from numpy.typing import NDArray
-from storage.models import ModelCache
-from storage.tensors import TensorFile, decode, encode, from_arrays
 
 from federation.types import Job, ModelRef
 from producers.outbox import write_durably
 from storage.blob import BlobStore
+from storage.models import ModelCache
+from storage.tensors import TensorFile, decode, encode, from_arrays
 
 Arrays = dict[str, NDArray[Any]]
 

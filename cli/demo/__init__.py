@@ -51,16 +51,17 @@ def demo(
     broker_url: BrokerUrl = None,
     store_url: StoreUrl = None,
     live_url: LiveUrl = None,
-    site_broker_url: Annotated[
-        str | None,
+    site_configs: Annotated[
+        Path | None,
         typer.Option(
-            envvar="FEDQUEUE_CLI_SITE_BROKER_URL", help="a site's own broker account, {site} for its name"
+            envvar="FEDQUEUE_CLI_SITE_CONFIGS", help="folder with <site>.toml: each site's own accounts"
         ),
     ] = None,
 ) -> None:
     """Run server and sites on this machine until the job closes, and compare with each site alone.
 
-    Embedded unless the URLs name real servers.
+    Embedded unless settings or flags name a broker: then over those servers, with the same processes that
+    docs/operations.md starts by hand.
 
     Example: fedqueue demo --data ../street --sites 3
     """
@@ -71,15 +72,17 @@ def demo(
     if folder.exists() and any(folder.iterdir()):
         fail(f"{folder} is not empty: choose another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    settings = load(
-        broker_url=broker_url or f"sqlite:{folder / 'queue.db'}",
-        store_url=store_url or f"file:{folder / 'store'}",
-        live_url=live_url or f"file:{folder / 'live'}",
-    )
+    settings = load(broker_url=broker_url, store_url=store_url, live_url=live_url)
+    if "broker_url" not in settings.model_fields_set:  # nothing was said: embedded, and all in one folder
+        settings = load(
+            broker_url=f"sqlite:{folder / 'queue.db'}",
+            store_url=f"file:{folder / 'store'}",
+            live_url=f"file:{folder / 'live'}",
+        )
     export(settings)
     try:
         chosen = find_split(data.resolve(), sites) if data else render_scenes(folder / "data")
-        if not _run(folder, settings, chosen, versions, steps, alone, site_broker_url, began):
+        if not _run(folder, settings, chosen, versions, steps, alone, site_configs, began):
             fail("the federation does not beat every site alone")
     except FedqueueError as exc:
         fail(exc)
@@ -92,7 +95,7 @@ def _run(
     versions: int | None,
     steps: int | None,
     compare: bool,
-    site_broker_url: str | None,
+    site_configs: Path | None,
     began: float,
 ) -> bool:
     from cli.demo.alone import train_alone
@@ -114,7 +117,7 @@ def _run(
     console.print(
         f"{len(data.sites)} sites on {what}; everything is kept in {folder}", highlight=False, soft_wrap=True
     )
-    deployment = Deployment(settings, folder, site_broker_url)
+    deployment = Deployment(settings, folder, site_configs and site_configs.resolve())
     with Processes(folder / "logs") as processes:
         deployment.start_server(processes, data)
         with console.status("the server starts, the job is created"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from cli.demo.data import DemoData
 from cli.demo.processes import Processes
-from federation.settings import Settings, env_name
+from federation.settings import CONFIG_ENV, Settings, env_name
 
 DUTIES = (1.0, 0.75, 0.5)
 """Share of time that each site in turn computes: companies do not have the same machines."""
@@ -15,11 +15,11 @@ DUTIES = (1.0, 0.75, 0.5)
 
 @dataclass(frozen=True)
 class Deployment:
-    """`settings`: the server's. `site_broker_url`: with {site} in it, on a broker that has accounts."""
+    """`settings`: the server's. `site_configs`: a folder with <site>.toml, each site's own accounts."""
 
     settings: Settings
     folder: Path
-    site_broker_url: str | None
+    site_configs: Path | None
 
     def start_server(self, processes: Processes, data: DemoData) -> None:
         """The embedded aggregator, or ingress, merge worker and evaluation worker."""
@@ -35,7 +35,11 @@ class Deployment:
     def start_sites(self, processes: Processes, data: DemoData, job: str) -> None:
         """One agent per site, each with its own data, state folder and speed."""
         for number, (site, coco) in enumerate(data.sites.items()):
-            environment = self._server() | {
+            if self.site_configs is None:
+                accounts = self._server()
+            else:
+                accounts = {CONFIG_ENV: str(self.site_configs / f"{site}.toml")}
+            environment = accounts | {
                 env_name("site"): site,
                 env_name("site_annotations"): str(coco),
                 env_name("site_images"): str(data.images),
@@ -46,8 +50,6 @@ class Deployment:
                 env_name("heartbeat_s"): "1",
                 "OMP_NUM_THREADS": "1",
             }
-            if self.site_broker_url is not None:
-                environment[env_name("broker_url")] = self.site_broker_url.format(site=site)
             processes.start(site, ["site", "run", "--job", job], environment)
 
     def _server(self) -> dict[str, str]:
