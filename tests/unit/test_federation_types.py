@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -123,11 +123,13 @@ def test_json_round_trip(value: Value) -> None:
 
 
 @given(records)
+@settings(max_examples=25)
 def test_a_record_says_which_event_it_holds(record: LogRecord) -> None:
     assert type(LogRecord.from_json(record.to_json()).event) is type(record.event)
 
 
 @given(client_updates())
+@settings(max_examples=25)
 def test_values_are_frozen_and_comparable(update: ClientUpdate) -> None:
     with pytest.raises(ValidationError):
         update.base_version = 0  # type: ignore[misc]
