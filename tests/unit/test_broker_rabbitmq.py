@@ -191,9 +191,11 @@ def test_a_server_that_says_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch)
             opened.publish(topology.UPDATES_EXCHANGE, update())
 
 
+@pytest.mark.timeout(60)
 def test_a_confirm_that_never_comes_is_given_up(server: RabbitMQ, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(broker.connection, "CONNECT_TIMEOUT_S", 0.3)
     monkeypatch.setattr(broker.rabbitmq, "CONFIRM_TIMEOUT_S", 0.3)
+    monkeypatch.setattr(broker.rabbitmq, "PUBLISH_HEARTBEAT_S", 0)  # else heartbeats end the wait too
     opened = RabbitBroker(server.url, keep_open=True)
     opened.publish(topology.UPDATES_EXCHANGE, update())
     server.signal(signal.SIGSTOP)
