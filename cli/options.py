@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -16,7 +17,7 @@ from rich.logging import RichHandler
 from federation.errors import FedqueueError
 from federation.settings import Settings, env_name
 
-console = Console()
+console = Console(width=None if sys.stdout.isatty() else 110)  # a log file has no width: room for tables
 errors = Console(stderr=True)
 
 BrokerUrl = Annotated[

@@ -80,20 +80,29 @@ def bucket_policy(
             "--site", envvar="FEDQUEUE_CLI_SITE_ARNS", help="NAME=ARN of the site's S3 user; repeatable"
         ),
     ] = None,
+    server: Annotated[
+        str,
+        typer.Option(
+            envvar="FEDQUEUE_CLI_SERVER_ARN", help="ARN of the server's S3 user, to read what sites wrote"
+        ),
+    ] = "",
     store_url: StoreUrl = None,
 ) -> None:
     """Print the bucket policy that lets each site read models and write its own updates, and nothing else.
 
-    Example: fedqueue server bucket-policy --site north=arn:aws:iam:::user/north
+    Example: fedqueue server bucket-policy --site north=arn:aws:iam:::user/north --server arn:aws:iam:::user/server
     """
     settings = load(store_url=store_url)
     sites = {}
     for text in site or []:
         name, _, arn = text.partition("=")
-        if not is_name(name) or not arn:
-            fail(f"{text!r} is not NAME=ARN")
+        if not is_name(name):
+            fail(f"{text!r} is not NAME=ARN (an empty ARN: a policy to attach to that one user)")
         sites[name] = arn
-    typer.echo(json.dumps(site_policy(settings.store_url, sites), indent=2))
+    try:
+        typer.echo(json.dumps(site_policy(settings.store_url, sites, server), indent=2))
+    except FedqueueError as exc:
+        fail(exc)
 
 
 def _account(text: str) -> tuple[str, str]:

@@ -74,6 +74,8 @@ def worker(
         names,
         "--loglevel",
         "INFO",
+        "-n",
+        f"{names}-{os.getpid()}@%h",
         "--without-gossip",
         "--without-mingle",
     ]

@@ -22,8 +22,11 @@ NOT_BELOW = ("log", "models", "metrics", "rejected", "releases", "updates/*/upda
 Statement = dict[str, object]
 
 
-def site_policy(store_url: str, sites: Mapping[str, str]) -> dict[str, object]:
+def site_policy(store_url: str, sites: Mapping[str, str], server: str = "") -> dict[str, object]:
     """The policy document of the bucket in `store_url`: site name -> ARN of its S3 user.
+
+    `server`: ARN of the account of the server's processes. Needed where an object belongs to who uploaded it
+    (Ceph RGW, old AWS buckets): there even the bucket's owner may not read a site's update without it.
 
     An empty ARN leaves the principal out: a user policy, as MinIO attaches to one account; then name one site.
     Raises BadSettings.
@@ -40,6 +43,15 @@ def site_policy(store_url: str, sites: Mapping[str, str]) -> dict[str, object]:
         if not user_arn and len(sites) > 1:
             raise BadSettings("a policy for several sites needs the ARN of each one's user")
         statements += _statements(f"arn:aws:s3:::{bucket}", site, user_arn)
+    if server:
+        statements.append(
+            {
+                "Effect": "Allow",
+                "Principal": {"AWS": [server]},
+                "Action": ["s3:*"],
+                "Resource": [f"arn:aws:s3:::{bucket}", f"arn:aws:s3:::{bucket}/*"],
+            }
+        )
     return {"Version": "2012-10-17", "Statement": statements}
 
 

@@ -137,7 +137,7 @@ def _run(
         results = train_alone(spec, initial, data, local_steps)
         seconds["sites alone"] = time.monotonic() - started
     seconds["in all"] = time.monotonic() - began
-    return report(folder, data, store, watched, results, seconds)
+    return report(folder, settings, data, store, watched, results, seconds)
 
 
 def _spec(data: DemoData, versions: int | None, steps: int | None) -> JobSpec:

@@ -63,6 +63,8 @@ class Processes:
             file.close()
 
     def __enter__(self) -> Self:
+        # SIGTERM would end this process at once and leave the others behind; as an exception it passes __exit__
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
         return self
 
     def __exit__(

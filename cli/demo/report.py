@@ -17,6 +17,7 @@ from detection.dataset import Dataset, load_dataset
 from detection.draw import contact_sheet, plot_map
 from detection.evaluate import MAP
 from detection.predict import predict
+from federation.settings import Settings
 from federation.types import Created, Published
 from storage.blob import BlobStore
 from storage.models import load_full_model
@@ -27,6 +28,7 @@ SHOWN_SCORE = 0.35
 
 def report(
     folder: Path,
+    settings: Settings,
     data: DemoData,
     store: BlobStore,
     watched: Watched,
@@ -74,6 +76,7 @@ def report(
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     example = chosen[0].path
+    where = f" --store-url {settings.store_url}" if settings.embedded else ""
     console.print(
         f"\ndetections   {pictures}\nmAP in time  {plot}\nfigures      {folder / 'summary.json'}",
         highlight=False,
@@ -83,7 +86,7 @@ def report(
     )
     console.print("predict      ", end="")
     console.print(
-        f"fedqueue predict {example} --job {spec.id} --out {folder / 'predictions'}",
+        f"fedqueue predict {example} --job {spec.id}{where} --out {folder / 'predictions'}",
         highlight=False,
         soft_wrap=True,
     )

@@ -17,16 +17,19 @@ from broker.accounts import definitions
 from broker.open import declare
 from federation.settings import Settings
 from storage.access import site_policy
-from storage.open import create_bucket
+from storage.open import create_bucket, open_store
+from storage.s3 import S3Store
 from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.redis import RedisServer
-from tests.servers.rgw import Account, Rgw, set_bucket_policy
+from tests.servers.rgw import Account, Rgw
 
 SITES = ("north", "harbour", "market", "site-a", "site-b", "site-c")
 BUCKET = "fedqueue"
 
 
-def write_configs(folder: Path, rabbitmq: RabbitMQ, redis: RedisServer, s3: Rgw, sites: tuple[str, ...]) -> None:
+def write_configs(
+    folder: Path, rabbitmq: RabbitMQ, redis: RedisServer, s3: Rgw, sites: tuple[str, ...]
+) -> None:
     """Make the accounts, and <folder>/server.toml and <folder>/<site>.toml with each one's own."""
     folder.mkdir(parents=True, exist_ok=True)
     common = {"store_url": s3.url(BUCKET)}
@@ -47,8 +50,12 @@ def write_configs(folder: Path, rabbitmq: RabbitMQ, redis: RedisServer, s3: Rgw,
     settings = Settings.model_validate(server)
     create_bucket(settings)
     declare(settings, sites)
-    policy = site_policy(settings.store_url, {site: account.arn for site, account in accounts.items()})
-    set_bucket_policy(s3, BUCKET, policy)
+    policy = site_policy(
+        settings.store_url, {site: account.arn for site, account in accounts.items()}, s3.admin.arn
+    )
+    store = open_store(settings)
+    assert isinstance(store, S3Store)
+    store.set_policy(json.dumps(policy))
 
 
 def _write(path: Path, values: dict[str, str]) -> None:

@@ -1,0 +1,123 @@
+"""`fedqueue demo` in small, as a user types it: real processes, real training, embedded and over real servers.
+
+Whether the federation beats each site is a matter of minutes of training: `make demo` shows it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cli.shares import shares
+from federation.settings import CONFIG_ENV, Settings
+from federation.types import LogRecord
+from storage.blob import BlobStore
+from storage.log import VersionLog
+from storage.memory import MemoryStore
+from storage.models import load_model
+from storage.open import open_store
+from storage.tensors import decode
+from tests.integration.servers import ROOT
+from tests.servers.__main__ import write_configs
+from tests.servers.rabbitmq import RabbitMQ
+from tests.servers.redis import RedisServer
+from tests.servers.rgw import Rgw
+
+SITES = ("north", "harbour", "market")
+VERSIONS = 4
+
+
+def fedqueue(*arguments: str, config: Path | None = None) -> str:
+    """Run the command; its output. Fails with it if the command fails."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDQUEUE_")}
+    environment = inherited | ({CONFIG_ENV: str(config)} if config else {}) | {"COLUMNS": "200"}
+    done = subprocess.run(
+        [sys.executable, "-m", "cli.main", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def demo(folder: Path, *more: str, config: Path | None = None) -> str:
+    short = ("--versions", str(VERSIONS), "--steps", "2", "--no-alone")
+    return fedqueue("demo", "--out", str(folder), *short, *more, config=config)
+
+
+def assert_trained(folder: Path, store: BlobStore) -> list[LogRecord]:
+    """The job in `store` is closed, replays, and `folder` holds what the demo promises."""
+    records = list(VersionLog(store, "generated").history())
+    assert records[-1].head.closed is not None
+    assert records[-1].head.version == VERSIONS
+    assert sum(share.merged for share in shares(records).values()) == VERSIONS
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["version"] == VERSIONS
+    assert summary["generated_data"] is True
+    assert summary["curve"][-1][1] == summary["federation"]["mAP@0.5"]
+    assert all(size > 0 for size in summary["image_bytes"].values())
+    for picture in ("detections.png", "map.png"):
+        with Image.open(folder / picture) as image:
+            assert min(image.size) > 200
+    final = load_model(store, records[-1].head.current.model)
+    assert decode((folder / "model.safetensors").read_bytes()).layout == final.layout
+    return records
+
+
+def test_embedded(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    said = demo(folder)
+    assert "federation" in said
+    store_url = f"file:{folder / 'store'}"
+    store = open_store(Settings(store_url=store_url))
+    assert_trained(folder, store)
+    assert str(VERSIONS) in fedqueue("job", "status", "generated", "--store-url", store_url)
+    assert "published" in fedqueue("job", "history", "generated", "--store-url", store_url)
+    assert "sha256" in fedqueue("model", "list", "generated", "--store-url", store_url)
+    out = tmp_path / "pulled.safetensors"
+    fedqueue("model", "pull", "generated", "--out", str(out), "--store-url", store_url)
+    assert out.read_bytes() == (folder / "model.safetensors").read_bytes()
+    image = next((folder / "data" / "images").glob("*.jpg"))
+    fedqueue(
+        "predict", str(image), "--job", "generated", "--store-url", store_url, "--out", str(tmp_path / "p")
+    )
+    assert (tmp_path / "p" / f"{image.stem}.png").is_file()
+    assert isinstance(json.loads((tmp_path / "p" / "predictions.json").read_text()), list)
+    assert not isinstance(store, MemoryStore)
+
+
+@pytest.mark.rabbitmq
+@pytest.mark.redis
+@pytest.mark.s3
+def test_over_real_servers_with_every_sites_own_accounts(
+    tmp_path: Path, rabbitmq_server: RabbitMQ, redis_server: RedisServer, s3_server: Rgw
+) -> None:
+    write_configs(tmp_path / "configs", rabbitmq_server, redis_server, s3_server, SITES)
+    config = tmp_path / "configs" / "server.toml"
+    folder = tmp_path / "demo"
+    demo(folder, "--site-configs", str(tmp_path / "configs"), config=config)
+    environment = os.environ.copy()
+    try:
+        os.environ[CONFIG_ENV] = str(config)
+        store = open_store(Settings.load())
+    finally:
+        os.environ.clear()
+        os.environ.update(environment)
+    assert_trained(folder, store)
+    assert all(share.merged >= 0 for share in shares(VersionLog(store, "generated").history()).values())
+    logs = {path.name: path.read_text() for path in (folder / "logs").iterdir()}
+    assert set(logs) == {"ingress.log", "worker.log", "evaluator.log", *(f"{site}.log" for site in SITES)}
+    assert "fedqueue.accept_update" in logs["worker.log"]
+    assert "fedqueue.evaluate_version" in logs["evaluator.log"]
+    assert not (folder / "store").exists()
+    assert not (folder / "queue.db").exists()
