@@ -76,6 +76,11 @@ BAD_TENSORS: dict[str, tuple[Arrays, str]] = {
     "wrong dtype": ({**toy_arrays(1.0), "norm.bias": np.zeros(4, np.int64)}, "layout"),
     "not a number": (_nan(toy_arrays(1.0), float("nan")), "not-finite"),
     "infinity": (_nan(toy_arrays(1.0), float("inf")), "not-finite"),
+    "too large to merge": (_nan(toy_arrays(1.0), 3e38), "out-of-range"),
+    "negative variance": (
+        {**toy_arrays(1.0), "norm.running_var": np.full(4, -0.5, np.float32)},
+        "negative-variance",
+    ),
 }
 
 
@@ -147,7 +152,9 @@ def test_a_site_that_is_no_participant_is_refused(server: Server) -> None:
     assert_next_good_update_merges(server, name)
 
 
-def test_a_base_older_than_max_staleness_is_refused_and_a_redelivered_merge_is_not(server: Server, job: str) -> None:
+def test_a_base_older_than_max_staleness_is_refused_and_a_redelivered_merge_is_not(
+    server: Server, job: str
+) -> None:
     first = client_update(GOOD, job=job)
     server.send(first, GOOD)
     until("the first merge", lambda: head(server, job).version == 1)
@@ -183,7 +190,10 @@ BAD_MESSAGES: dict[str, tuple[Spoil, str]] = {
     "malformed JSON": (lambda m, u: replace(m, body=b'{"update_id": '), "malformed-message"),
     "not UTF-8": (lambda m, u: replace(m, body=b"\xff\xfe\x00"), "malformed-message"),
     "deeply nested": (lambda m, u: replace(m, body=b"[" * 4000), "malformed-message"),
-    "NaN in a number": (lambda m, u: replace(m, body=_body(u, metrics={"loss": float("nan")})), "malformed-message"),
+    "NaN in a number": (
+        lambda m, u: replace(m, body=_body(u, metrics={"loss": float("nan")})),
+        "malformed-message",
+    ),
     "unknown field": (lambda m, u: replace(m, body=_body(u, run="rm -rf")), "malformed-message"),
     "key that escapes": (
         lambda m, u: replace(m, body=_body(u, payload_key=f"jobs/{u.job}/updates/../models/x")),

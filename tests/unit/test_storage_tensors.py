@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from federation.errors import BadPayload
 from federation.layout import Layout
-from storage.tensors import MAX_HEADER_BYTES, TensorFile, decode, encode, from_arrays
+from storage.tensors import MAX_HEADER_BYTES, MAX_MAGNITUDE, TensorFile, decode, encode, from_arrays
 
 MODEL: dict[str, np.ndarray[Any, Any]] = {
     "head.weight": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -229,16 +229,27 @@ def test_a_number_that_is_not_finite_is_refused_with_its_tensor(bad: float) -> N
     error = refused(data)
     assert error.reason == "not-finite"
     assert "'head.weight'" in str(error)
-    assert np.isnan(decode(data, check_finite=False).flat).any() == np.isnan(bad)
+    assert np.isnan(decode(data, check_numbers=False).flat).any() == np.isnan(bad)
 
 
 def test_infinities_that_cancel_are_noticed() -> None:
     assert refused(encode(from_arrays({"x": np.array([np.inf, -np.inf], np.float32)}))).reason == "not-finite"
 
 
-def test_large_finite_numbers_are_no_infinity() -> None:
-    largest = np.full(100, np.finfo(np.float32).max, np.float32)
+def test_numbers_that_no_merge_could_digest_are_refused() -> None:
+    largest = np.full(100, MAX_MAGNITUDE, np.float32) * np.float32(0.999)
     assert decode(encode(from_arrays({"x": largest}))).flat[0] == largest[0]
+    for beyond in (np.finfo(np.float32).max, -np.finfo(np.float32).max):
+        with pytest.raises(BadPayload, match=r"'x'.*beyond") as caught:
+            decode(encode(from_arrays({"x": np.array([0, beyond], np.float32)})))
+        assert caught.value.reason == "out-of-range"
+
+
+def test_a_negative_variance_is_refused() -> None:
+    layer = {"n.running_mean": np.zeros(3, np.float32), "n.running_var": np.array([1, -1e-6, 1], np.float32)}
+    with pytest.raises(BadPayload, match=r"n\.running_var") as caught:
+        decode(encode(from_arrays(layer)))
+    assert caught.value.reason == "negative-variance"
 
 
 def test_numbers_between_addresses_are_read() -> None:
