@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -109,6 +109,15 @@ class Settings(BaseSettings):
         if scheme not in ("file", "sqlite"):
             _check_host(text)
         return value
+
+    @model_validator(mode="after")
+    def _liveness(self) -> Self:
+        if self.heartbeat_ttl_s < 2 * self.heartbeat_s:
+            raise ValueError(
+                f"heartbeat_ttl_s is {self.heartbeat_ttl_s:g}, must be at least twice heartbeat_s "
+                f"({self.heartbeat_s:g}): one lost heartbeat is no dead site"
+            )
+        return self
 
     @property
     def embedded(self) -> bool:

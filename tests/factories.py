@@ -27,7 +27,7 @@ def toy_arrays(value: float = 0.0) -> Arrays:
         "norm.bias": np.full(4, value, np.float32),
         "norm.running_mean": np.full(4, value, np.float32),
         "norm.running_var": np.full(4, 1.0 + abs(value), np.float32),
-        "norm.num_batches_tracked": np.array(int(value), np.int64),
+        "norm.num_batches_tracked": np.array(int(np.nan_to_num(value, posinf=0.0)), np.int64),
     }
 
 
