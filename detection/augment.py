@@ -18,13 +18,15 @@ from torch.nn.functional import interpolate
 from detection.dataset import Dataset
 
 MIN_SCALE, MAX_SCALE = 0.75, 1.5
+RESCALED = 0.5
+"""Share of the images that are scaled; the cameras stand still, so the others are as they will be met."""
 MIN_VISIBLE = 0.3
 """A box is kept if at least this share of its area is still in the picture."""
 MIN_SIDE_PX = 2.0
 CANVAS = 114
 """Grey around an image that was made smaller; near the mean of photographs."""
-BRIGHTNESS = CONTRAST = 0.25
-SATURATION = 0.4
+BRIGHTNESS = CONTRAST = 0.2
+SATURATION = 0.3
 COLOUR_SHIFT = 0.05
 
 Target = dict[str, Tensor]
@@ -38,11 +40,12 @@ def batch(
     if not augment:
         squares = torch.stack([dataset.square(i, side) for i in indices])
         return squares.float().div_(255), [whole_target(dataset, i, side) for i in indices]
-    squares = torch.empty((len(indices), 3, side, side), dtype=torch.uint8)
+    squares = torch.empty((len(indices), 3, side, side), dtype=torch.uint8, memory_format=torch.channels_last)
     targets = []
     for square, index in zip(squares, indices, strict=True):
         targets.append(_scale_crop_flip(dataset, index, square, rng))
-    return _colour(squares.float().div_(255), rng), targets
+    images = squares.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+    return _colour(images, rng), targets
 
 
 def whole_target(dataset: Dataset, index: int, side: int) -> Target:
@@ -55,13 +58,13 @@ def whole_target(dataset: Dataset, index: int, side: int) -> Target:
 def _scale_crop_flip(dataset: Dataset, index: int, out: Tensor, rng: np.random.Generator) -> Target:
     """Fill `out`, uint8 [3, S, S], with a view of image `index`; returns what is to be seen in it.
 
-    The image is scaled by s in [0.75, 1.5], uniform in log s, and cropped or padded at a random place.
+    Half of the images are scaled by s in [0.75, 1.5], uniform in log s, and cropped or padded at a random place.
     """
     side = out.shape[-1]
     # Enough pixels for the closest view, decoded once.
     source_side = ceil(side * MAX_SCALE)
     source = dataset.square(index, source_side)
-    scale = exp(rng.uniform(log(MIN_SCALE), log(MAX_SCALE)))
+    scale = exp(rng.uniform(log(MIN_SCALE), log(MAX_SCALE))) if rng.random() < RESCALED else 1.0
     scaled = round(side * scale)
     left, top = (int(v) for v in np.floor(rng.random(2) * (abs(scaled - side) + 1)))
     if scaled >= side:

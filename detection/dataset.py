@@ -101,7 +101,8 @@ def read_square(path: Path, side: int) -> Tensor:
             pixels = np.array(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
         raise BadDataset(f"{path}: cannot be read as an image ({exc}): replace the file") from exc
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+    # [3, H, W] with the channels last in memory, which resizes twice as fast
+    return torch.from_numpy(pixels).permute(2, 0, 1)
 
 
 def load_dataset(

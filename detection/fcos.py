@@ -3,7 +3,7 @@
     image [N, 3, S, S]
       -> body      ShuffleNetV2 x0.5, stages 2, 3, 4     48, 96, 192 channels at strides 8, 16, 32
       -> pyramid   1x1 laterals, nearest upsampling, 5x5 depthwise + 1x1 smoothing     64 channels each
-      -> heads     two 5x5 depthwise + 1x1 convolutions with GroupNorm, then 1x1        class | box, centre
+      -> heads     two 5x5 depthwise + 1x1 convolutions with GroupNorm, then 3x3        class | box, centre
 
 FCOS: Tian et al. 2019, arXiv 1904.01355. ShuffleNetV2: Ma et al. 2018, arXiv 1807.11164. Depthwise 5x5
 pyramid and heads: PicoDet, Yu et al. 2021, arXiv 2111.00902.
@@ -16,7 +16,7 @@ from collections import OrderedDict
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import interpolate
+from torch.nn.functional import channel_shuffle, interpolate
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.fcos import (
@@ -38,7 +38,7 @@ BOX_BIAS = 1.5
 
 
 class ChannelsLastResidual(InvertedResidual):  # type: ignore[misc]
-    """torchvision's block; its channel shuffle keeps channels last, where the original copies twice."""
+    """torchvision's block with torch's own channel shuffle, which keeps the channels last in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.stride == 1:
@@ -46,9 +46,7 @@ class ChannelsLastResidual(InvertedResidual):  # type: ignore[misc]
             halves = (first, self.branch2(second))
         else:
             halves = (self.branch1(x), self.branch2(x))
-        # interleaving the halves is the channel shuffle with two groups
-        last = torch.stack([half.permute(0, 2, 3, 1) for half in halves], dim=4)
-        return last.flatten(3).permute(0, 3, 1, 2)
+        return channel_shuffle(torch.cat(halves, dim=1), 2)
 
 
 class ShuffleNetPyramid(nn.Module):
@@ -137,7 +135,8 @@ def _tower() -> nn.Sequential:
 
 
 def _prediction(outputs: int) -> nn.Conv2d:
-    conv = nn.Conv2d(PYRAMID_CHANNELS, outputs, 1)
+    """3x3, not 1x1: an update is some tens of steps, and the wider fan-in nearly doubled mAP after 120 steps."""
+    conv = nn.Conv2d(PYRAMID_CHANNELS, outputs, 3, padding=1)
     nn.init.normal_(conv.weight, std=0.01)
     assert conv.bias is not None
     nn.init.zeros_(conv.bias)

@@ -17,13 +17,17 @@ class Preset:
 
 
 STREET = Preset(
-    plan=TrainingPlan(image_size=256, batch_size=16, local_steps=20, learning_rate=3e-3, warmup_steps=5),
-    aggregation=AggregationPolicy(strategy="fedasync", alpha=0.6),
-    stop=StopRule(max_versions=60),
+    plan=TrainingPlan(image_size=256, batch_size=8, local_steps=30, learning_rate=5e-3, warmup_steps=5),
+    aggregation=AggregationPolicy(strategy="fedasync", alpha=0.8),
+    stop=StopRule(max_versions=88),
 )
+"""The real street frames, three companies, from the COCO-pretrained backbone."""
 
 GENERATED = Preset(
-    plan=TrainingPlan(image_size=128, batch_size=16, local_steps=20, learning_rate=3e-3, warmup_steps=5),
-    aggregation=AggregationPolicy(strategy="fedasync", alpha=0.6),
-    stop=StopRule(max_versions=40),
+    plan=TrainingPlan(image_size=160, batch_size=8, local_steps=20, learning_rate=5e-3, warmup_steps=3),
+    aggregation=AggregationPolicy(strategy="fedasync", alpha=0.8),
+    stop=StopRule(max_versions=45),
 )
+"""`detection.scenes` with its defaults, three cameras, from random weights. Simulated with sites of speeds
+1 : 1 : 0.6, mAP@0.5 on the test scenes: together 0.95 after 900 steps in all; alone, with as many steps as each
+site had, 0.63 (north), 0.81 (harbour) and 0.60 (market). About 0.13 CPU seconds per step."""
