@@ -21,8 +21,13 @@ from tasks.context import current
 
 log = logging.getLogger("fedqueue.deadletters")
 
-MAX_KEPT_BYTES = 64 * 1024
-"""Of a body. Ours have 4 KB; of a larger one the beginning, the length and the digest are kept."""
+MAX_KEPT_BYTES = 16 * 1024
+MAX_HEADERS = 4096
+MAX_MESSAGE = 2000
+"""Of a body, of the headers' text and of the explanation. Ours have 4 KB; of a larger body the beginning, the
+length and the digest are kept. A letter is a message itself, JSON within a task's JSON, where a character of
+ASCII takes four bytes at most and others up to twelve. So it stays below the 64 KB of docker/rabbitmq.conf,
+whatever a site sent: a letter that the broker refuses would end the ingress, again after every restart."""
 
 
 @celery.task(celery.KEEP_DEAD_LETTER)
@@ -43,15 +48,19 @@ def dead_letter(delivery: Delivery, reason: str, message: str) -> DeadLetter:
     return DeadLetter(
         id=str(uuid.UUID(bytes=digest.digest()[:16])),
         reason=reason[:64],
-        message=message[:2000],
+        message=_ascii(message)[:MAX_MESSAGE],
         queue=delivery.queue[:255],
         routing_key=delivery.routing_key[:255],
         user_id=delivery.user_id,
         content_type=delivery.content_type,
-        headers=repr(dict(delivery.headers))[:8192],
+        headers=_ascii(repr(dict(delivery.headers)))[:MAX_HEADERS],
         body_base64=base64.b64encode(body[:MAX_KEPT_BYTES]).decode(),
         at=datetime.now(UTC),
     )
+
+
+def _ascii(text: str) -> str:
+    return text.encode("ascii", "backslashreplace").decode()
 
 
 def keep_update(store: BlobStore, update: ClientUpdate, reason: str, message: str) -> None:
