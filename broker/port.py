@@ -1,6 +1,7 @@
 """The port to the broker. tests/contract/test_broker.py holds for both implementations.
 
-Open one with `broker.connect(url)`: `amqp://user:password@host:5672/vhost` (also amqps) or `sqlite:PATH`.
+Open one with `broker.open.connect(settings)`; broker_url is `amqp://user:password@host:5672/vhost` (also amqps) or
+`sqlite:PATH`.
 """
 
 from __future__ import annotations

@@ -57,8 +57,10 @@ def log_to_stderr(level: int = logging.INFO) -> None:
         logging.basicConfig(level=level, format="%(message)s", handlers=[handler], force=True)
     else:
         logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True)
-    for noisy in ("pika", "urllib3", "matplotlib", "PIL"):
+    for noisy in ("urllib3", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # every failure is raised too, and broker/ says it once, in words; pika would add a traceback per attempt
+    logging.getLogger("pika").setLevel(logging.CRITICAL)
 
 
 def stop_on_signals() -> threading.Event:

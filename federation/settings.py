@@ -87,7 +87,10 @@ class Settings(BaseSettings):
         default=600, ge=10, le=1500, description="seconds; below the broker's 30-minute consumer timeout"
     )
     delivery_limit: int = Field(
-        default=20, ge=1, le=1000, description="deliveries of a message before it is dead-lettered"
+        default=20,
+        ge=1,
+        le=1000,
+        description="returns that a message survives; after one more, so after n + 1 deliveries, it is dead-lettered",
     )
     lease_s: Seconds = Field(
         default=900.0,
