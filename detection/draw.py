@@ -141,36 +141,22 @@ def plot_map(
     minutes = [seconds / 60 for seconds, _ in points]
     values = [value for _, value in points]
     axes.plot(minutes, values, color=PALETTE[2], linewidth=2.4, marker="o", markersize=5, zorder=3)
-    if points:
-        axes.annotate(
-            f"together {values[-1]:.2f}",
-            (minutes[-1], values[-1]),
-            xytext=(8, 0),
-            textcoords="offset points",
-            color=PALETTE[2],
-            fontweight="bold",
-            va="center",
-            annotation_clip=False,
-        )
+    names = [(values[-1], f"together {values[-1]:.2f}", PALETTE[2])] if values else []
     others = (PALETTE[0], PALETTE[3], PALETTE[4], PALETTE[1], PALETTE[5])
-    for i, (site, value) in enumerate(sorted(alone.items(), key=lambda entry: entry[1])):
+    for i, (site, value) in enumerate(sorted(alone.items())):
         colour = others[i % len(others)]
         axes.axhline(value, color=colour, linewidth=1.4, linestyle=(0, (5, 3)), zorder=2)
-        # names alternate between the ends, so that near values do not overprint each other
-        axes.annotate(
-            f"{site} alone {value:.2f}",
-            (0.01 if i % 2 == 0 else 0.72, value),
-            xycoords=axes.get_yaxis_transform(),
-            xytext=(0, 3),
-            textcoords="offset points",
-            color=colour,
-            fontsize=9,
-        )
+        names.append((value, f"{site} alone {value:.2f}", colour))
+    top = max([0.1, *values, *alone.values()]) * 1.12
+    at = -1.0
+    for value, name, colour in sorted(names):
+        at = max(value, at + 0.045 * top)  # near values do not overprint each other
+        axes.text(1.01, at, name, transform=axes.get_yaxis_transform(), color=colour, va="center")
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("wall-clock time, minutes")
     axes.set_ylabel(f"{metric} on the test images")
-    axes.set_ylim(0, max([0.1, *values, *alone.values()]) * 1.12)
-    axes.set_xlim(0, max([*minutes, 1e-3]) * 1.14)
+    axes.set_ylim(0, top)
+    axes.set_xlim(0, max([*minutes, 1e-3]) * 1.03)
     axes.grid(axis="y", color="#e3e6ea")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

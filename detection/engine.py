@@ -20,12 +20,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from detection.augment import batch
 from detection.dataset import Dataset
-from detection.threads import keep_freed_memory, use_threads
+from detection.threads import keep_freed_memory
 from detection.weights import Arrays, load_state, module_for, state
 from federation.errors import BadDataset, BadJob, Rejected
 from federation.types import JobSpec, TrainingPlan
-
-__all__ = ["Diverged", "StepReport", "Trained", "learning_rate", "train", "use_threads"]
 
 BETAS = (0.9, 0.99)
 """An update is some tens of steps long: a second moment over 1,000 steps would never settle."""

@@ -11,13 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from detection.dataset import read_square
-from detection.draw import contact_sheet, draw, plot_map
 from detection.evaluate import BATCH, Found, to_pixels
 from detection.weights import load_state, module_for
 from federation.errors import BadDataset
 from federation.types import JobSpec
-
-__all__ = ["Found", "contact_sheet", "draw", "plot_map", "predict"]
 
 
 def predict(
