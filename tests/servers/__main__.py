@@ -62,7 +62,13 @@ def _write(path: Path, values: dict[str, str]) -> None:
     path.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in values.items()))
 
 
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(0)  # so that every server is stopped on the way out
+
+
 def main() -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/servers"))
     parser.add_argument("--durable", action="store_true", help="keep S3 objects on disk, not in memory")
@@ -75,7 +81,8 @@ def main() -> None:
             with Rgw(**store) as s3:  # type: ignore[arg-type]
                 write_configs(arguments.out, rabbitmq, redis, s3, SITES)
                 print(f"ready: FEDQUEUE_CONFIG={arguments.out}/server.toml; Ctrl-C ends it", flush=True)
-                signal.sigwait({signal.SIGINT, signal.SIGTERM})
+                while True:
+                    signal.pause()
         finally:
             rabbitmq.stop()
 
