@@ -65,5 +65,7 @@ worker_cancel_long_running_tasks_on_connection_loss = (
 worker_soft_shutdown_timeout = 20  # seconds to finish the task at SIGTERM (start with REMAP_SIGTERM=SIGQUIT)
 worker_max_memory_per_child = 4_000_000  # KiB; a child that grew is replaced after its task
 worker_send_task_events = False
-worker_enable_remote_control = False  # else two workers of one host that forgot -n fight for one control queue, for ever
+worker_enable_remote_control = (
+    False  # else two workers of one host that forgot -n fight for one control queue, for ever
+)
 worker_hijack_root_logger = True

@@ -17,9 +17,9 @@ class Preset:
 
 
 STREET = Preset(
-    plan=TrainingPlan(image_size=256, batch_size=8, local_steps=30, learning_rate=5e-3, warmup_steps=5),
+    plan=TrainingPlan(image_size=256, batch_size=16, local_steps=20, learning_rate=3e-3, warmup_steps=3),
     aggregation=AggregationPolicy(strategy="fedasync", alpha=0.8),
-    stop=StopRule(max_versions=88),
+    stop=StopRule(max_versions=75),
 )
 """The real street frames, three companies, from the COCO-pretrained backbone."""
 

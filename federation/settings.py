@@ -93,8 +93,8 @@ class Settings(BaseSettings):
         description="returns that a message survives; after one more, so after n + 1 deliveries, it is dead-lettered",
     )
     lease_s: Seconds = Field(
-        default=900.0,
-        description="seconds that the embedded queue leaves a message with a worker that is silent",
+        default=30.0,
+        description="seconds that the embedded queue leaves a message with a silent worker; a living one renews it",
     )
 
     @field_validator("broker_url", "store_url", "live_url")

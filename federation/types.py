@@ -89,7 +89,9 @@ class ServerOptimizer(Value):
     kind: Literal["fedavgm", "fedadam", "fedyogi"]
     beta1: float = Field(default=0.9, ge=0, lt=1, description="momentum")
     beta2: float = Field(default=0.99, ge=0, lt=1, description="second moment; not used by fedavgm")
-    epsilon: float = Field(default=1e-3, ge=1e-12, description="adaptivity τ of the paper; not used by fedavgm")
+    epsilon: float = Field(
+        default=1e-3, ge=1e-12, description="adaptivity τ of the paper; not used by fedavgm"
+    )
 
 
 class AggregationPolicy(Value):

@@ -286,7 +286,7 @@ def _check_numbers(file: TensorFile) -> None:
     # NaN and infinity propagate into both, which run many times faster than isfinite() of every number
     low, high = float(file.flat.min()), float(file.flat.max())
     variances = file.flat[file.layout.float_count - file.layout.statistic_count :]
-    if -MAX_MAGNITUDE <= low and high <= MAX_MAGNITUDE and (not variances.size or variances.min() >= 0):
+    if low >= -MAX_MAGNITUDE and high <= MAX_MAGNITUDE and (not variances.size or variances.min() >= 0):
         return
     for name, array in file.arrays().items():
         if array.dtype != _DTYPES["F32"] or not array.size:

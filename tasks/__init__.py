@@ -1,7 +1,7 @@
 """The server: the Celery app and its tasks, and the ingress before them. `celery -A tasks worker` finds `app`.
 
 ingress.py      sites' queue -> checked -> Celery task; heartbeats -> liveness; dead letters -> their task
-app.py          the Celery app and how a task is sent, over RabbitMQ or the embedded queue
+celery.py          the Celery app and how a task is sent, over RabbitMQ or the embedded queue
 context.py      what one process works with: settings, store, logs
 accept.py       fedqueue.accept_update     one update -> one log record
 publish.py      fedqueue.publish_version   all pending updates -> one model version

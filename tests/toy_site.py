@@ -51,7 +51,9 @@ class ToyTrainer:
             on_progress(Progress(0, 1, 0.0))
             time.sleep(0.02)
         on_progress(Progress(1, 1, 1.0))
-        return ToyTrained({name: np.asarray(array + np.ones((), array.dtype)) for name, array in weights.items()})
+        return ToyTrained(
+            {name: np.asarray(array + np.ones((), array.dtype)) for name, array in weights.items()}
+        )
 
 
 def agent(settings: Settings, job: str, trainer: ToyTrainer, stop: threading.Event) -> SiteAgent:

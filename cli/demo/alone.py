@@ -1,5 +1,5 @@
 """The comparison: every site trains alone, from the same initial model, with as many local steps as it spent
-in the federation, one schedule and one optimiser from first to last step. Two processes at a time."""
+in the federation, one schedule and one optimiser from first to last step."""
 
 from __future__ import annotations
 
@@ -22,6 +22,8 @@ from federation.types import JobSpec
 
 Arrays = Mapping[str, NDArray[np.generic]]
 REPORT_EVERY_STEPS = 5
+WORKERS = (os.cpu_count() or 1) + 1
+"""One more than cores: sites have different amounts of work, and no core should idle towards the end."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ def train_alone(
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
-        ProcessPoolExecutor(os.cpu_count() or 1, mp_context=context) as pool,
+        ProcessPoolExecutor(WORKERS, mp_context=context) as pool,
         Progress(
             *Progress.get_default_columns(), MofNCompleteColumn(), TimeElapsedColumn(), console=console
         ) as progress,

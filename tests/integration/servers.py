@@ -104,7 +104,10 @@ class Server:
         from tasks.celery import CREATE_JOB, ROUTING_KEYS, embedded_message
 
         ref = save_model(self.store, spec.id, from_arrays(arrays or toy_arrays()))
-        request = {"spec": spec.to_json().decode(), **dict.fromkeys(("initial", "first"), ref.to_json().decode())}
+        request = {
+            "spec": spec.to_json().decode(),
+            **dict.fromkeys(("initial", "first"), ref.to_json().decode()),
+        }
         if self.settings.embedded:
             broker = connect(self.settings)
             broker.publish("fed.tasks", embedded_message(CREATE_JOB, request))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from detection.dataset import Dataset, load_dataset
 from detection.draw import colour_of, contact_sheet, draw, plot_map
 from detection.evaluate import MAP, MAP_50, Found, evaluate, score
 from detection.predict import predict
-from detection.presets import GENERATED, STREET
+from detection.presets import GENERATED, STREET, Preset
 from detection.weights import initial_state
 from federation.errors import BadDataset
 from federation.types import JobSpec, TrainingPlan
@@ -164,7 +166,11 @@ def test_contact_sheet_and_plot_are_written(dataset: Dataset, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("preset", [STREET, GENERATED])
-def test_presets_make_valid_jobs(preset: object) -> None:
-    assert preset in (STREET, GENERATED)
-    assert isinstance(preset, type(STREET))
-    JobSpec(id="p", classes=CLASSES, plan=preset.plan, aggregation=preset.aggregation, stop=preset.stop)
+def test_presets_make_valid_jobs(preset: Preset) -> None:
+    job = JobSpec(id="p", classes=CLASSES, plan=preset.plan, aggregation=preset.aggregation, stop=preset.stop)
+    assert JobSpec.from_json(job.to_json()) == job
+
+
+def test_presets_need_no_torch() -> None:
+    code = "import sys, detection.presets; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
