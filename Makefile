@@ -1,14 +1,16 @@
 # make demo    the whole system on generated scenes, nothing to install by hand
 # make test    style, types and all quick tests (a missing server skips; with CI=true it fails)
 # make check   style and types alone
-# make test-slow, make bench, make servers, make clean
+# make test-slow   training runs of minutes
+# make chaos       tests that kill processes and servers at random moments
+# make bench, make servers, make clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check test-slow bench servers format clean
+.PHONY: demo test check test-slow chaos bench servers format clean
 
 demo: $(VENV)/.site
 	$(BIN)/fedqueue demo
@@ -23,6 +25,9 @@ check: $(VENV)/.test
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
+
+chaos: $(VENV)/.test
+	$(PYTEST) -m chaos
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.merge

@@ -33,7 +33,7 @@ SITES = ("north", "harbour", "market")
 VERSIONS = 4
 
 
-def fedqueue(*arguments: str, config: Path | None = None) -> str:
+def fedqueue(*arguments: str, config: Path | None = None, limit_s: float = 280) -> str:
     """Run the command; its output. Fails with it if the command fails."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDQUEUE_")}
     environment = inherited | ({CONFIG_ENV: str(config)} if config else {}) | {"COLUMNS": "200"}
@@ -43,7 +43,7 @@ def fedqueue(*arguments: str, config: Path | None = None) -> str:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=limit_s,
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
