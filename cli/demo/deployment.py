@@ -9,7 +9,7 @@ from cli.demo.data import DemoData
 from cli.demo.processes import Processes
 from federation.settings import CONFIG_ENV, Settings, env_name
 
-DUTIES = (1.0, 0.75, 0.5)
+DUTIES = (1.0, 0.85, 0.65)
 """Share of time that each site in turn computes: companies do not have the same machines."""
 
 
