@@ -19,7 +19,8 @@ from dataclasses import dataclass
 
 from aggregator.transitions import is_forgettable
 from aggregator.weighting import assign, met_version
-from federation.types import ClientUpdate, Contribution, Head, Job, JobSpec, Refusal
+from federation.jobs import Job, JobSpec
+from federation.types import ClientUpdate, Contribution, Head, Refusal
 
 TOO_STALE = "too-stale"
 JOB_CLOSED = "job-closed"

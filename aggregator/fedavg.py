@@ -19,7 +19,8 @@ from aggregator.group import Group
 from aggregator.server_opt import OptimizerState
 from aggregator.statistics import add_component, mix_statistics
 from aggregator.tensors import Tensors, raise_counters
-from federation.types import AggregationPolicy, Contribution
+from federation.jobs import AggregationPolicy
+from federation.types import Contribution
 
 
 def fold(group: Group, payload: Tensors, counters: tuple[slice, ...], contribution: Contribution) -> None:

@@ -24,8 +24,9 @@ from aggregator.group import empty_group, reset
 from aggregator.server_opt import OptimizerState, check_state, initial_state
 from aggregator.tensors import split
 from aggregator.weighting import assign, group_size
+from federation.jobs import JobSpec
 from federation.layout import Layout
-from federation.types import ClientUpdate, Contribution, JobSpec
+from federation.types import ClientUpdate, Contribution
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from aggregator.blocks import Floats, blocks, scratch
-from federation.types import ServerOptimizer
+from federation.jobs import ServerOptimizer
 
 
 @dataclass(frozen=True)

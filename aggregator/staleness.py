@@ -1,13 +1,13 @@
 """s(τ): how much an update counts that is τ versions old. Xie, Koyejo, Gupta 2019, §5.2, arXiv 1903.03934.
 
-All have s(0) = 1, never increase, and lie in [0, 1] for the parameters that `federation.types` admits.
+All have s(0) = 1, never increase, and lie in [0, 1] for the parameters that `federation.jobs` admits.
 """
 
 from __future__ import annotations
 
 from typing import assert_never
 
-from federation.types import ConstantStaleness, HingeStaleness, PolynomialStaleness
+from federation.jobs import ConstantStaleness, HingeStaleness, PolynomialStaleness
 
 
 def constant(staleness: int) -> float:

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from federation.types import Contribution, Head, JobSpec, ModelVersion, Published, Refusal, Remembered
+from federation.jobs import JobSpec
+from federation.types import Contribution, Head, ModelVersion, Published, Refusal, Remembered
 
 
 def is_forgettable(spec: JobSpec, version: int, base_version: int) -> bool:

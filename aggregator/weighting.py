@@ -13,7 +13,8 @@ stored: several versions are made in one publish, and staleness is counted as if
 from __future__ import annotations
 
 from aggregator.staleness import staleness_weight
-from federation.types import ClientUpdate, Contribution, JobSpec
+from federation.jobs import JobSpec
+from federation.types import ClientUpdate, Contribution
 
 
 def group_size(spec: JobSpec) -> int:

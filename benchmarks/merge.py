@@ -29,9 +29,10 @@ import numpy as np
 from aggregator.blocks import Floats
 from aggregator.merge import Merge
 from federation.ids import new_update_id
+from federation.jobs import MAX_VERSION, AggregationPolicy, JobSpec, StopRule
 from federation.keys import update_key
 from federation.layout import Layout, TensorSpec
-from federation.types import MAX_VERSION, AggregationPolicy, ClientUpdate, JobSpec, StopRule
+from federation.types import ClientUpdate
 
 TIME_TARGET = 1.5
 MEMORY_TARGET = 1.10

@@ -16,8 +16,9 @@ from broker.open import connect, declare
 from cli.options import BrokerUrl, JobArgument, StoreUrl, console, existing, export, fail, load
 from cli.shares import shares
 from federation.errors import BadJob, FedqueueError, NotFound, Transient
+from federation.jobs import JobSpec
 from federation.settings import Settings
-from federation.types import Accepted, Closed, JobSpec, LogRecord, Published, Refused
+from federation.types import Accepted, Closed, LogRecord, Published, Refused
 from storage.blob import BlobStore
 from storage.jobs import list_evaluations, list_jobs, load_job
 from storage.log import VersionLog

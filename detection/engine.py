@@ -23,7 +23,7 @@ from detection.dataset import Dataset
 from detection.threads import keep_freed_memory
 from detection.weights import Arrays, load_state, module_for, state
 from federation.errors import BadDataset, BadJob, Rejected
-from federation.types import JobSpec, TrainingPlan
+from federation.jobs import JobSpec, TrainingPlan
 
 BETAS = (0.9, 0.99)
 """An update is some tens of steps long: a second moment over 1,000 steps would never settle."""

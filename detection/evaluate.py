@@ -17,7 +17,7 @@ from torch import nn
 from detection.dataset import Dataset
 from detection.weights import load_state, module_for
 from federation.errors import BadDataset
-from federation.types import JobSpec
+from federation.jobs import JobSpec
 
 MAP_50 = "mAP@0.5"
 MAP = "mAP@[.5:.95]"

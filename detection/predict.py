@@ -14,7 +14,7 @@ from detection.dataset import read_square
 from detection.evaluate import BATCH, Found, to_pixels
 from detection.weights import load_state, module_for
 from federation.errors import BadDataset
-from federation.types import JobSpec
+from federation.jobs import JobSpec
 
 
 def predict(

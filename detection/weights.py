@@ -19,7 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from detection.registry import build
 from federation.errors import BadPayload
-from federation.types import JobSpec
+from federation.jobs import JobSpec
 
 Norm = Literal["average", "local", "frozen"]
 Arrays = dict[str, NDArray[np.float32] | NDArray[np.int64]]

@@ -19,7 +19,8 @@ from pydantic import Field, TypeAdapter, ValidationError
 from federation.base import Value, describe
 from federation.errors import BadMessage
 from federation.ids import Name, UpdateId, is_name
-from federation.types import MAX_VERSION, ClientUpdate, SiteStatus
+from federation.jobs import MAX_VERSION
+from federation.types import ClientUpdate, SiteStatus
 
 MAX_BODY_BYTES = 4096
 JSON_TYPE = "application/json"

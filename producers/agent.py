@@ -23,9 +23,10 @@ from broker import topology
 from broker.port import Broker
 from federation.errors import BadMessage, FedqueueError, NotFound, Transient
 from federation.ids import new_update_id
+from federation.jobs import Job, JobSpec
 from federation.keys import update_key
 from federation.settings import Settings
-from federation.types import ClientUpdate, Head, Job, JobSpec
+from federation.types import ClientUpdate, Head
 from federation.wire import Delivery, JobClosed, decode_control
 from producers.backoff import Backoff
 from producers.delivery import Courier

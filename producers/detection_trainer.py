@@ -14,8 +14,8 @@ from detection import engine
 from detection.dataset import Dataset, load_dataset
 from detection.threads import use_threads
 from federation.errors import BadSettings
+from federation.jobs import JobSpec
 from federation.settings import Settings
-from federation.types import JobSpec
 from producers.agent import Progress, Trained
 
 log = logging.getLogger("fedqueue.site")

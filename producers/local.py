@@ -13,7 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from federation.types import Job, ModelRef
+from federation.jobs import Job, ModelRef
 from producers.outbox import write_durably
 from storage.blob import BlobStore
 from storage.models import ModelCache

@@ -8,7 +8,8 @@ from typing import TypeVar
 from federation import keys
 from federation.base import Value
 from federation.errors import AccessDenied, CorruptLog, NotFound, Rejected
-from federation.types import DeadLetter, Evaluation, Job, Refusal
+from federation.jobs import Job
+from federation.types import DeadLetter, Evaluation, Refusal
 from storage.blob import BlobStore
 
 V = TypeVar("V", bound=Value)

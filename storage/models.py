@@ -8,9 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federation.errors import BadPayload, CorruptLog, NotFound, StoreUnavailable
+from federation.jobs import Job, ModelRef
 from federation.keys import model_key
 from federation.layout import Layout
-from federation.types import ClientUpdate, Job, ModelRef
+from federation.types import ClientUpdate
 from storage.blob import BlobStore
 from storage.files import remove_stale
 from storage.tensors import TensorFile, decode, encode, from_arrays

@@ -12,7 +12,8 @@ from typing import Any
 
 from aggregator import decide, transitions
 from federation.errors import Conflict, NotFound
-from federation.types import Accepted, ClientUpdate, Head, Job, LogRecord, Refusal, Refused
+from federation.jobs import Job
+from federation.types import Accepted, ClientUpdate, Head, LogRecord, Refusal, Refused
 from storage.jobs import save_refusal
 from tasks import celery
 from tasks.context import Context, current

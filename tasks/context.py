@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from broker.open import connect
 from broker.port import Broker
+from federation.jobs import Job
 from federation.settings import Settings
-from federation.types import Job
 from storage.blob import BlobStore
 from storage.jobs import load_job
 from storage.log import VersionLog

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from federation.errors import BadSettings
-from federation.types import Evaluation, Job
+from federation.jobs import Job
+from federation.types import Evaluation
 from storage.jobs import load_evaluation, save_evaluation
 from storage.models import load_full_model
 from tasks import celery

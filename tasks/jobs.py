@@ -12,7 +12,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from federation.errors import BadJob, BadPayload, NotFound
-from federation.types import Head, Job, JobSpec, ModelRef, ModelVersion
+from federation.jobs import Job, JobSpec, ModelRef
+from federation.types import Head, ModelVersion
 from storage.jobs import load_job, save_job
 from storage.models import load_model
 from tasks import celery

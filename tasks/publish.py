@@ -16,16 +16,8 @@ import numpy as np
 from aggregator import decide, transitions
 from aggregator.merge import Merge
 from federation.errors import BadPayload, Conflict
-from federation.types import (
-    ClientUpdate,
-    Contribution,
-    Head,
-    Job,
-    LogRecord,
-    ModelVersion,
-    Published,
-    Refusal,
-)
+from federation.jobs import Job
+from federation.types import ClientUpdate, Contribution, Head, LogRecord, ModelVersion, Published, Refusal
 from storage.jobs import save_refusal
 from storage.models import load_model, load_payload, save_model
 from storage.tensors import TensorFile

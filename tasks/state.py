@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from aggregator.server_opt import OptimizerState
-from federation.types import Job, ModelRef
+from federation.jobs import Job, ModelRef
 from storage.blob import BlobStore
 from storage.models import load_model, save_model
 from storage.tensors import from_arrays

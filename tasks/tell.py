@@ -6,7 +6,8 @@ import logging
 
 from broker import topology
 from federation.errors import BadMessage, BrokerUnavailable
-from federation.types import Head, Job, Published, Refusal
+from federation.jobs import Job
+from federation.types import Head, Published, Refusal
 from federation.wire import JobClosed, NewVersion, Outcome, encode_control
 from tasks.context import Context
 

@@ -10,8 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from federation.ids import new_update_id
+from federation.jobs import AggregationPolicy, JobSpec, StopRule
 from federation.keys import update_key
-from federation.types import AggregationPolicy, ClientUpdate, JobSpec, StopRule
+from federation.types import ClientUpdate
 from storage.tensors import encode, from_arrays
 
 Arrays = dict[str, NDArray[Any]]

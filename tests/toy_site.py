@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 
 from broker.open import connect
 from cli.options import log_to_stderr, stop_on_signals
+from federation.jobs import JobSpec
 from federation.settings import Settings
-from federation.types import JobSpec
 from producers.agent import Progress, SiteAgent
 from storage.open import open_store
 

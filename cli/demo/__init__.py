@@ -18,8 +18,8 @@ import typer
 
 from cli.options import BrokerUrl, LiveUrl, StoreUrl, console, export, fail, load
 from federation.errors import FedqueueError
+from federation.jobs import EvaluationPolicy, JobSpec
 from federation.settings import Settings
-from federation.types import EvaluationPolicy, JobSpec
 
 if TYPE_CHECKING:
     from cli.demo.data import DemoData

@@ -18,7 +18,7 @@ from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
 from cli.demo.data import DemoData
 from cli.options import console
-from federation.types import JobSpec
+from federation.jobs import JobSpec
 
 Arrays = Mapping[str, NDArray[np.generic]]
 REPORT_EVERY_STEPS = 5

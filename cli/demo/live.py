@@ -14,7 +14,8 @@ from rich.text import Text
 from cli.demo.processes import Processes
 from cli.options import console
 from federation.errors import Fatal
-from federation.types import Evaluation, Job, LogRecord, Published, SiteStatus
+from federation.jobs import Job
+from federation.types import Evaluation, LogRecord, Published, SiteStatus
 from storage.blob import BlobStore
 from storage.jobs import list_evaluations
 from storage.liveness import Liveness

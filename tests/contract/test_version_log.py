@@ -15,6 +15,7 @@ from pydantic import SecretStr
 
 from federation.errors import BadSettings, Conflict, CorruptLog, NotFound, StoreUnavailable
 from federation.ids import new_update_id
+from federation.jobs import ModelRef
 from federation.keys import log_key, model_key, update_key
 from federation.settings import Settings
 from federation.types import (
@@ -26,7 +27,6 @@ from federation.types import (
     Event,
     Head,
     LogRecord,
-    ModelRef,
     ModelVersion,
     Published,
     Refusal,

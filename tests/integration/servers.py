@@ -16,8 +16,9 @@ from broker.accounts import definitions
 from broker.open import connect, declare
 from broker.port import Broker
 from federation.errors import NotFound
+from federation.jobs import JobSpec
 from federation.settings import ENV_PREFIX, Settings, env_name
-from federation.types import ClientUpdate, Head, JobSpec
+from federation.types import ClientUpdate, Head
 from federation.wire import encode_update
 from storage.blob import BlobStore
 from storage.log import VersionLog

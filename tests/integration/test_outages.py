@@ -22,9 +22,10 @@ import broker.rabbitmq
 from broker import topology
 from federation.errors import Transient
 from federation.ids import new_update_id
+from federation.jobs import AggregationPolicy, StopRule
 from federation.keys import DEADLETTERS_PREFIX
 from federation.settings import env_name
-from federation.types import AggregationPolicy, Contribution, Published, StopRule
+from federation.types import Contribution, Published
 from federation.wire import Message
 from producers.outbox import Outbox
 from storage.liveness import open_liveness

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 
 from federation.ids import new_update_id
+from federation.jobs import AggregationPolicy, StopRule
 from federation.settings import Settings
-from federation.types import AggregationPolicy, LogRecord, Published, StopRule
+from federation.types import LogRecord, Published
 from producers.outbox import Outbox
 from storage.log import VersionLog
 from storage.models import load_model

@@ -14,18 +14,10 @@ from aggregator.server_opt import OptimizerState
 from aggregator.transitions import accept
 from aggregator.weighting import assign
 from federation.ids import new_update_id
+from federation.jobs import AggregationPolicy, Job, JobSpec, ModelRef, StopRule
 from federation.keys import model_key, update_key
 from federation.layout import Layout, TensorSpec
-from federation.types import (
-    AggregationPolicy,
-    ClientUpdate,
-    Head,
-    Job,
-    JobSpec,
-    ModelRef,
-    ModelVersion,
-    StopRule,
-)
+from federation.types import ClientUpdate, Head, ModelVersion
 
 NOW = datetime(2026, 1, 2, tzinfo=UTC)
 JOB = "cars"

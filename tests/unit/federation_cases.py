@@ -7,22 +7,16 @@ from datetime import UTC, datetime, timedelta, timezone
 
 from hypothesis import strategies as st
 
-from federation.keys import update_key
-from federation.types import (
+from federation.jobs import (
     AggregationPolicy,
-    ClientUpdate,
     ConstantStaleness,
-    Contribution,
-    Head,
     HingeStaleness,
     JobSpec,
     ModelRef,
-    ModelVersion,
     PolynomialStaleness,
-    Refusal,
-    Remembered,
-    SiteStatus,
 )
+from federation.keys import update_key
+from federation.types import ClientUpdate, Contribution, Head, ModelVersion, Refusal, Remembered, SiteStatus
 
 names = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
 digests = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)

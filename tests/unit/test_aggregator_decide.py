@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from aggregator.decide import Accept, Duplicate, Refuse, TooStale, decide, leftovers, wants_publish
 from aggregator.transitions import accept, close, publish, refuse, still_applies
 from aggregator.weighting import assign
-from federation.types import ClientUpdate, Head, JobSpec, Published, Refusal
+from federation.jobs import JobSpec
+from federation.types import ClientUpdate, Head, Published, Refusal
 from tests.unit.aggregator_cases import make_head, make_job, make_spec, make_update, make_version, queue
 
 SPEC = make_spec(max_staleness=10)

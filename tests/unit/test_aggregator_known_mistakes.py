@@ -9,7 +9,7 @@ import pytest
 
 from aggregator.staleness import hinge, polynomial
 from aggregator.weighting import assign
-from federation.types import PolynomialStaleness
+from federation.jobs import PolynomialStaleness
 from tests.unit.aggregator_cases import (
     SITES,
     floats,

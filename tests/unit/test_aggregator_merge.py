@@ -11,7 +11,8 @@ from hypothesis.extra.numpy import arrays
 from aggregator import blocks
 from aggregator.blocks import Floats
 from aggregator.merge import Merge
-from federation.types import ConstantStaleness, Contribution, JobSpec
+from federation.jobs import ConstantStaleness, JobSpec
+from federation.types import Contribution
 from tests.unit.aggregator_cases import (
     Payload,
     floats,

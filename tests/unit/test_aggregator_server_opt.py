@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from aggregator.merge import Merge
 from aggregator.server_opt import OptimizerState, initial_state, step
-from federation.types import ServerOptimizer
+from federation.jobs import ServerOptimizer
 from tests.unit.aggregator_cases import floats, fold, integers, make_layout, make_spec, payload_for
 
 BETA1, BETA2, EPSILON, ETA = 0.9, 0.99, 1e-3, 0.5

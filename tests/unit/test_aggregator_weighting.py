@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from aggregator.staleness import constant, hinge, polynomial, staleness_weight
 from aggregator.weighting import assign, group_size, met_version
-from federation.types import ConstantStaleness, HingeStaleness, PolynomialStaleness
+from federation.jobs import ConstantStaleness, HingeStaleness, PolynomialStaleness
 from tests.unit.aggregator_cases import make_spec, make_update
 
 GOLDEN_TAU = (0, 1, 4, 8, 24)

@@ -18,7 +18,7 @@ from detection.predict import predict
 from detection.presets import GENERATED, STREET, Preset
 from detection.weights import initial_state
 from federation.errors import BadDataset
-from federation.types import JobSpec, TrainingPlan
+from federation.jobs import JobSpec, TrainingPlan
 
 CLASSES = ("cart", "chair", "table")
 JOB = JobSpec(id="test", classes=CLASSES, plan=TrainingPlan(image_size=64))

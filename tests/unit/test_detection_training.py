@@ -20,8 +20,8 @@ from detection.registry import ARCHS, DEFAULT_ARCH, build, load_backbone
 from detection.threads import use_threads
 from detection.weights import Arrays, exchanged_names, initial_state, load_state, state
 from federation.errors import BadDataset, BadJob, BadPayload
+from federation.jobs import JobSpec, TrainingPlan
 from federation.layout import Layout, TensorSpec
-from federation.types import JobSpec, TrainingPlan
 
 CLASSES = ("red", "blue")
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}

@@ -13,9 +13,18 @@ from pydantic import ValidationError
 
 from federation.base import Value
 from federation.errors import BadJob, Rejected
+from federation.jobs import (
+    AggregationPolicy,
+    HingeStaleness,
+    Job,
+    JobSpec,
+    ModelRef,
+    PolynomialStaleness,
+    ServerOptimizer,
+    TrainingPlan,
+)
 from federation.types import (
     Accepted,
-    AggregationPolicy,
     ClientUpdate,
     Closed,
     Contribution,
@@ -23,18 +32,11 @@ from federation.types import (
     DeadLetter,
     Evaluation,
     Head,
-    HingeStaleness,
-    Job,
-    JobSpec,
     LogRecord,
-    ModelRef,
-    PolynomialStaleness,
     Published,
     Refusal,
     Refused,
-    ServerOptimizer,
     SiteStatus,
-    TrainingPlan,
 )
 from tests.unit.federation_cases import (
     aggregation_policies,

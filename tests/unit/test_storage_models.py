@@ -14,8 +14,9 @@ import pytest
 
 from federation.errors import BadPayload, CorruptLog, NotFound, StoreUnavailable
 from federation.ids import new_update_id
+from federation.jobs import Job, JobSpec, ModelRef
 from federation.keys import job_key, model_key, update_key
-from federation.types import ClientUpdate, DeadLetter, Evaluation, Job, JobSpec, ModelRef, Refusal
+from federation.types import ClientUpdate, DeadLetter, Evaluation, Refusal
 from storage.jobs import (
     list_dead_letters,
     list_evaluations,

@@ -10,21 +10,10 @@ import pytest
 
 from broker.sqlite import SqliteBroker
 from federation.errors import BadJob, StoreUnavailable
+from federation.jobs import AggregationPolicy, EvaluationPolicy, Job, JobSpec, StopRule
 from federation.keys import job_prefix, log_prefix
 from federation.settings import Settings
-from federation.types import (
-    Accepted,
-    AggregationPolicy,
-    ClientUpdate,
-    EvaluationPolicy,
-    Event,
-    Head,
-    Job,
-    JobSpec,
-    ModelVersion,
-    Published,
-    StopRule,
-)
+from federation.types import Accepted, ClientUpdate, Event, Head, ModelVersion, Published
 from storage.jobs import list_refusals
 from storage.memory import MemoryStore
 from storage.models import load_model, save_model

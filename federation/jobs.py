@@ -1,0 +1,188 @@
+"""What a job says: classes, architecture, training plan, aggregation policy, stop rule. docs/jobs.md explains it.
+
+`JobSpec` is what a submitter writes; `Job` is `job.json`, with the initial model beside it.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import AwareDatetime, Field, StringConstraints, model_validator
+
+from federation.base import Value
+from federation.ids import Name, Sha256
+
+MAX_VERSION = 10**9
+ClassName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+PayloadKind = Literal["weights", "difference"]
+
+
+class ModelRef(Value):
+    """A stored tensor file, named by its content."""
+
+    key: str = Field(min_length=1, max_length=512)
+    sha256: Sha256
+    nbytes: int = Field(ge=1)
+
+
+class TrainingPlan(Value):
+    """How a site turns a model version into a client update."""
+
+    image_size: int = Field(default=256, ge=64, le=2048, description="input side, pixels")
+    batch_size: int = Field(default=16, ge=1, le=1024, description="images per gradient step")
+    local_steps: int = Field(default=40, ge=1, le=100_000, description="gradient steps per update")
+    learning_rate: float = Field(default=2e-3, gt=0, le=10, description="peak learning rate (AdamW)")
+    weight_decay: float = Field(default=0.02, ge=0, le=1, description="on matrices and kernels only")
+    warmup_steps: int = Field(default=10, ge=0, description="linear warm-up at the start of every update")
+    schedule: Literal["constant", "cosine"] = Field(
+        default="cosine", description="cosine: over the job's versions, from base_version / stop.max_versions"
+    )
+    final_learning_rate_fraction: float = Field(default=0.02, ge=0, le=1)
+    gradient_norm_limit: float = Field(default=10.0, gt=0)
+    augment: bool = Field(default=True, description="flip, scale-and-crop, brightness and colour jitter")
+    norm: Literal["average", "local", "frozen"] = Field(
+        default="average",
+        description="BatchNorm layers: merged | kept by each site (FedBN, arXiv 2102.07623) | never trained",
+    )
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+
+class ConstantStaleness(Value):
+    """s(τ) = 1."""
+
+    kind: Literal["constant"] = "constant"
+
+
+class PolynomialStaleness(Value):
+    """s(τ) = (1+τ)^-a. Xie, Koyejo, Gupta 2019, arXiv 1903.03934."""
+
+    kind: Literal["polynomial"] = "polynomial"
+    a: float = Field(default=0.5, ge=0, le=100)
+
+
+class HingeStaleness(Value):
+    """s(τ) = 1 if τ ≤ b else 1/(a(τ-b)+1). Xie, Koyejo, Gupta 2019, arXiv 1903.03934."""
+
+    kind: Literal["hinge"] = "hinge"
+    a: float = Field(default=10.0, ge=0, le=1e6)
+    b: float = Field(default=4.0, ge=0, le=1e6)
+
+
+Staleness = Annotated[ConstantStaleness | PolynomialStaleness | HingeStaleness, Field(discriminator="kind")]
+
+
+class ServerOptimizer(Value):
+    """Adaptive server step on the merged direction. Reddi et al. 2021, arXiv 2003.00295; Hsu et al. 2019."""
+
+    kind: Literal["fedavgm", "fedadam", "fedyogi"]
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="momentum")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="second moment; not used by fedavgm")
+    epsilon: float = Field(
+        default=1e-3, ge=1e-12, description="adaptivity τ of the paper; not used by fedavgm"
+    )
+
+
+class AggregationPolicy(Value):
+    """How client updates become model versions."""
+
+    strategy: Literal["fedasync", "fedbuff", "fedavg"] = "fedasync"
+    alpha: float = Field(default=0.6, gt=0, le=1, description="fedasync: mixing weight of a fresh update")
+    staleness: Staleness = PolynomialStaleness()
+    buffer_size: int = Field(default=10, ge=1, le=10_000, description="fedbuff: K, updates per flush")
+    server_learning_rate: float = Field(default=1.0, gt=0, le=100, description="fedbuff, fedavg: η")
+    server_optimizer: ServerOptimizer | None = None
+    weight_by_examples: bool = Field(
+        default=False, description="fedbuff: weight by num_examples (off in the paper); fedavg always does"
+    )
+    max_staleness: int = Field(default=100, ge=0, le=1_000_000, description="older updates are rejected")
+    max_pending: int = Field(
+        default=64,
+        ge=1,
+        le=10_000,
+        description="accepted updates waiting in the head before a publish is forced",
+    )
+
+    @property
+    def payload_kind(self) -> PayloadKind:
+        """What a site uploads: its weights y, or the difference Δ = y - x_base."""
+        return "difference" if self.strategy == "fedbuff" else "weights"
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.strategy == "fedasync" and self.server_optimizer is not None:
+            raise ValueError("server_optimizer works on a buffered direction: use strategy fedbuff or fedavg")
+        if self.strategy != "fedbuff" and self.weight_by_examples:
+            raise ValueError("weight_by_examples is a switch of fedbuff (fedavg always weights by examples)")
+        if self.strategy == "fedbuff" and self.max_pending < self.buffer_size:
+            raise ValueError("max_pending must be at least buffer_size, or the buffer never fills")
+        return self
+
+
+class StopRule(Value):
+    """When the job closes."""
+
+    max_versions: int = Field(
+        default=100, ge=1, le=MAX_VERSION, description="close when this version is made"
+    )
+
+
+class EvaluationPolicy(Value):
+    """Central evaluation on the server's held-out set, where it has one."""
+
+    every: int = Field(default=0, ge=0, le=MAX_VERSION, description="versions between evaluations; 0: never")
+
+
+class JobSpec(Value):
+    """What a submitter writes: everything of a job but its id's first model."""
+
+    id: Name
+    classes: tuple[ClassName, ...] = Field(min_length=1, max_length=1000)
+    arch: str = Field(default="fcos_shufflenet_v2_x0_5", min_length=1, max_length=128)
+    participants: tuple[Name, ...] | None = Field(
+        default=None, max_length=10_000, description="sites that may contribute; none: every enrolled site"
+    )
+    plan: TrainingPlan = TrainingPlan()
+    aggregation: AggregationPolicy = AggregationPolicy()
+    stop: StopRule = StopRule()
+    evaluation: EvaluationPolicy = EvaluationPolicy()
+    max_inflight: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="updates of one site not yet merged; none: from the strategy",
+    )
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes: a name is there twice")
+        if self.participants is not None and len(set(self.participants)) != len(self.participants):
+            raise ValueError("participants: a name is there twice")
+        if self.aggregation.strategy == "fedavg" and not self.participants:
+            raise ValueError("participants: fedavg waits for every invited site, so it must name them")
+        return self
+
+    @property
+    def inflight_limit(self) -> int:
+        """How many updates of one site may wait unmerged before it stops training.
+
+        fedasync and fedavg: 1, so that a site goes on from a model that holds its own work. fedbuff: K, so
+        that even a lone site fills the buffer.
+        """
+        if self.max_inflight is not None:
+            return self.max_inflight
+        return self.aggregation.buffer_size if self.aggregation.strategy == "fedbuff" else 1
+
+
+class Job(Value):
+    """`job.json`: a federation. `initial` holds every tensor; versions hold the exchanged ones."""
+
+    schema_version: Literal[1] = 1
+    spec: JobSpec
+    initial: ModelRef
+    max_update_bytes: int = Field(ge=1, description="largest payload that is read")
+    created_at: AwareDatetime
+
+    @property
+    def id(self) -> str:
+        return self.spec.id
