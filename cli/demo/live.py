@@ -60,7 +60,7 @@ def watch(job: Job, store: BlobStore, liveness: Liveness, processes: Processes, 
     began = time.monotonic()
     closed_at: float | None = None
     with Live(console=console, refresh_per_second=4, transient=False) as live:
-        while True:
+        while True:  # the view reads the store and the heartbeats, as an operator's would
             processes.check()
             watched.add(log.follow(watched.records[-1].seq))
             _evaluations(watched, store, live)
@@ -94,7 +94,8 @@ def _view(
     for site in sites:
         status = statuses.get(site)
         if status is None:
-            table.add_row(site, "starting" if site not in watched.merged else "gone")
+            absent = "ended" if watched.closed else "gone" if site in watched.merged else "starting"
+            table.add_row(site, absent, *([""] * 4), str(watched.merged.get(site, "")))
             continue
         base = status.base_version
         table.add_row(
