@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from broker import topology
 from broker.port import Broker
-from federation.errors import BadMessage, FedqueueError, NotFound, Transient
+from federation.errors import BadMessage, FedqueueError, NotFound, Rejected, Transient
 from federation.ids import new_update_id
 from federation.jobs import Job, JobSpec
 from federation.keys import update_key
@@ -159,15 +159,18 @@ class SiteAgent:
         self._heartbeat.update(state="training", step=0, steps=job.spec.plan.local_steps)
         log.info("training from version %d", base)
         attempt = self._attempts.get(base, 0)
-        self._next_hint = 0.0
-        trained = self._trainer.train(
-            job.spec,
-            weights,
-            base_version=base,
-            seed=training_seed(job.spec.plan.seed, self.site, base, attempt),
-            on_progress=self._progress,
-        )
         self._attempts = {base: attempt + 1}
+        self._next_hint = 0.0
+        try:
+            trained = self._trainer.train(
+                job.spec,
+                weights,
+                base_version=base,
+                seed=training_seed(job.spec.plan.seed, self.site, base, attempt),
+                on_progress=self._progress,
+            )
+        except Rejected as exc:  # it diverged, or an image has become unreadable: nothing is sent
+            raise Transient(f"this attempt is dropped, another follows: {exc}") from exc
         self._epochs = self._heartbeat.status.epoch
         arrays = dict(trained.weights)
         payload = model.payload(version, arrays)

@@ -13,6 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from federation.errors import BadPayload, StoreUnavailable
 from federation.jobs import Job, ModelRef
 from producers.outbox import write_durably
 from storage.blob import BlobStore
@@ -32,8 +33,14 @@ class LocalModel:
     folder: Path
 
     def pull(self, ref: ModelRef) -> TensorFile:
-        """The exchanged tensors of a version: downloaded once, verified, cached. Raises StoreUnavailable."""
-        return decode(self.cache.fetch(self.store, ref).read_bytes())
+        """The exchanged tensors of a version: downloaded once, verified, cached.
+
+        Raises StoreUnavailable, also for a download that is not what the log names: the next may be.
+        """
+        try:
+            return decode(self.cache.fetch(self.store, ref).read_bytes())
+        except BadPayload as exc:
+            raise StoreUnavailable(f"downloaded model: {exc}") from exc
 
     def assemble(self, version: TensorFile) -> Arrays:
         """All tensors to start training from: the version's, ours where they stay here, else the initial."""

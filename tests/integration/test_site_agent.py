@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from federation.errors import BadPayload
 from federation.ids import new_update_id
-from federation.jobs import AggregationPolicy, StopRule
+from federation.jobs import AggregationPolicy, JobSpec, StopRule
 from federation.settings import Settings
 from federation.types import LogRecord, Published
 from producers.outbox import Outbox
 from storage.log import VersionLog
 from storage.models import load_model
-from tests.factories import client_update, job_spec, payload_of, toy_arrays
+from tests.factories import Arrays, client_update, job_spec, payload_of, toy_arrays
 from tests.integration.servers import Server, until
-from tests.toy_site import ToyTrainer, agent
+from tests.toy_site import ToyTrained, ToyTrainer, agent
 
 
 def new_job(server: Server, **changes: object) -> str:
@@ -115,3 +117,21 @@ def test_what_a_killed_agent_had_finished_is_delivered_by_the_next_one_under_its
     until("the agent to end", lambda: not thread.is_alive())
     assert merged_ids(server, job) == [update.update_id]
     assert trainer.bases == []
+
+
+class TroubledTrainer(ToyTrainer):
+    """Diverges at every first attempt from a version."""
+
+    def train(self, spec: JobSpec, weights: Arrays, *, base_version: int, **more: Any) -> ToyTrained:
+        trained = super().train(spec, weights, base_version=base_version, **more)
+        if self.bases.count(base_version) == 1:
+            raise BadPayload("a weight is not finite")
+        return trained
+
+
+def test_a_failed_training_sends_nothing_and_is_tried_again(server: Server, tmp_path: Path) -> None:
+    job = new_job(server, stop=StopRule(max_versions=2))
+    trainer = TroubledTrainer()
+    run_until_closed(server, job, {"site-a": trainer}, tmp_path)
+    assert trainer.bases == [0, 0, 1, 1]
+    assert len(merged_ids(server, job)) == 2
