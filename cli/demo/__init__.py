@@ -136,8 +136,7 @@ def _run(
         started = time.monotonic()
         results = train_alone(spec, initial, data, local_steps)
         seconds["sites alone"] = time.monotonic() - started
-    seconds["in all"] = time.monotonic() - began
-    return report(folder, settings, data, store, watched, results, seconds)
+    return report(folder, settings, data, store, watched, results, seconds, began)
 
 
 def _spec(data: DemoData, versions: int | None, steps: int | None) -> JobSpec:

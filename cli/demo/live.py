@@ -71,10 +71,13 @@ def watch(job: Job, store: BlobStore, liveness: Liveness, processes: Processes, 
                 if watched.version in watched.evaluations and not any(
                     processes.running(site) for site in sites
                 ):
-                    return watched
+                    break
                 if time.monotonic() - closed_at > FINAL_EVALUATION_S:
                     raise Fatal("the last version was not evaluated in time: see the logs of the demo")
             time.sleep(0.5)
+    if not console.is_terminal:
+        console.print()  # the last view does not end its line there
+    return watched
 
 
 def _evaluations(watched: Watched, store: BlobStore, live: Live) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,8 +36,12 @@ def report(
     watched: Watched,
     alone: dict[str, Alone],
     seconds: dict[str, float],
+    began: float,
 ) -> bool:
-    """Print and write everything. True if the federation beats every site alone."""
+    """Print and write everything. True if the federation beats every site alone.
+
+    `began`: of the whole demo, on the monotonic clock.
+    """
     spec, version = watched.job.spec, watched.version
     final = watched.evaluations[version].metrics
     share = shares(watched.records)
@@ -61,6 +67,7 @@ def report(
         + (", generated scenes" if data.generated else ""),
     )
     beats = all(final[MAP_50] > result.metrics[MAP_50] for result in alone.values())
+    seconds["in all"] = time.monotonic() - began
     summary = {
         "job": spec.id,
         "generated_data": data.generated,
@@ -75,24 +82,30 @@ def report(
         "curve": _curve(watched),
     }
     (folder / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
-    example = chosen[0].path
-    where = f" --store-url {settings.store_url}" if settings.embedded else ""
-    console.print(
-        f"\ndetections   {pictures}\nmAP in time  {plot}\nfigures      {folder / 'summary.json'}",
-        highlight=False,
-    )
-    console.print(
-        f"model        {folder / 'model.safetensors'}  (version {version}, {spec.arch})", highlight=False
-    )
-    console.print("predict      ", end="")
-    console.print(
-        f"fedqueue predict {example} --job {spec.id}{where} --out {folder / 'predictions'}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    where = f" --store-url file:{_short(folder / 'store')}" if settings.embedded else ""
+    command = f"{_command()} predict {_short(chosen[0].path)} --job {spec.id}{where}"
+    for name, text in {
+        "detections": _short(pictures),
+        "mAP in time": _short(plot),
+        "figures": _short(folder / "summary.json"),
+        "model": f"{_short(folder / 'model.safetensors')}  (version {version}, {spec.arch})",
+        "predict": f"{command} --out {_short(folder / 'predictions')}",
+    }.items():
+        console.print(f"{name:13}{text}", highlight=False, soft_wrap=True)
     took = ", ".join(f"{name} {value:.0f} s" for name, value in seconds.items())
     console.print(f"took         {took}", highlight=False)
     return beats
+
+
+def _short(path: Path) -> Path:
+    """As it is typed from here."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def _command() -> str:
+    """This command as it was typed, which may be .venv/bin/fedqueue."""
+    typed = Path(sys.argv[0])
+    return str(_short(typed)) if typed.name == "fedqueue" else "fedqueue"
 
 
 def _curve(watched: Watched) -> list[tuple[float, float]]:
