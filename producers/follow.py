@@ -9,10 +9,9 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from storage.log import VersionLog
-
 from federation.types import Closed, Head, LogRecord, Published, Refused
 from producers.outbox import Outbox
+from storage.log import VersionLog
 
 log = logging.getLogger("fedqueue.site")
 
