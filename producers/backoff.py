@@ -1,25 +1,25 @@
-"""Waiting after a failure: exponential with full jitter, so that a thousand sites do not return at once."""
+"""Waiting after a failure: longer after each in a row, with jitter, so that a thousand sites do not return at once."""
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
+
+from broker.backoff import backoff_s
 
 FIRST_S = 0.5
 
 
 @dataclass
 class Backoff:
-    """Seconds to wait: uniform in (half, whole) of 0.5, 1, 2, 4 … up to `limit_s`."""
+    """Counts failures in a row. Waits 0.5, 1, 2 … up to `limit_s` seconds, each times a random half to one."""
 
     limit_s: float
     failures: int = 0
 
     def next_s(self) -> float:
         """Count a failure and return how long to wait for it."""
-        ceiling: float = min(self.limit_s, FIRST_S * 2 ** min(self.failures, 30))
         self.failures += 1
-        return ceiling * random.uniform(0.5, 1.0)
+        return backoff_s(self.failures, FIRST_S, self.limit_s)
 
     def reset(self) -> None:
         self.failures = 0

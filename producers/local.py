@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from federation.errors import BadPayload, StoreUnavailable
 from federation.jobs import Job, ModelRef
-from producers.outbox import write_durably
 from storage.blob import BlobStore
+from storage.files import replace_durably
 from storage.models import ModelCache
 from storage.tensors import TensorFile, decode, encode, from_arrays
 
@@ -71,7 +71,7 @@ class LocalModel:
         exchanged = {t.name for t in version.layout.tensors}
         own = {name: array for name, array in trained.items() if name not in exchanged}
         if own:
-            write_durably(self._norm, bytes(encode(from_arrays(own))))
+            replace_durably(self._norm, bytes(encode(from_arrays(own))))
 
     @property
     def _norm(self) -> Path:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federation.types import ClientUpdate
+from storage.files import replace_durably, sync_folder
 
 
 @dataclass(frozen=True)
@@ -42,8 +43,8 @@ class Outbox:
 
     def put(self, update: ClientUpdate, payload: bytes) -> None:
         """Add an entry. When this returns it survives a power cut."""
-        write_durably(self._payload(update), payload)
-        write_durably(self._entry(update), update.to_json())
+        replace_durably(self._payload(update), payload)
+        replace_durably(self._entry(update), update.to_json())
 
     def waiting(self) -> Iterator[ClientUpdate]:
         """Entries that the broker has not confirmed, oldest first."""
@@ -57,8 +58,8 @@ class Outbox:
         """The broker has it: drop the payload, and remember the update until its fate is known."""
         os.replace(self._entry(update), self._sent / f"{update.update_id}.json")
         self._payload(update).unlink(missing_ok=True)
-        _sync_folder(self._out)
-        _sync_folder(self._sent)
+        sync_folder(self._out)
+        sync_folder(self._sent)
 
     def sent(self) -> list[ClientUpdate]:
         """Confirmed by the broker, fate unknown, oldest first."""
@@ -77,22 +78,3 @@ class Outbox:
 
     def _payload(self, update: ClientUpdate) -> Path:
         return self._out / f"{update.update_id}.safetensors"
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` has it whole after a power cut, or is as it was before."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

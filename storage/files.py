@@ -48,6 +48,17 @@ def write_temporary(folder: Path, data: Buffer) -> Path:
     return path
 
 
+def replace_durably(path: Path, data: Buffer) -> None:
+    """Replace `path` so that after a power failure it has `data`, or is as it was before. Raises OSError."""
+    temporary = write_temporary(path.parent, data)
+    try:
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
 def replace_quickly(path: Path, data: Buffer) -> None:
     """Replace `path` in one step, without making it survive a power failure. Raises OSError."""
     temporary = _temporary(path.parent)
