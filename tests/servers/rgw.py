@@ -108,6 +108,7 @@ class Rgw:
         self._store, self._size = store, size
         self._dir = Path(tempfile.mkdtemp(prefix="fedqueue-rgw-"))
         self._conf = self._dir / "ceph.conf"
+        self._accounts: set[Account] = set()
         self._processes: list[subprocess.Popen[bytes]] = []
 
     @property
@@ -136,7 +137,10 @@ class Rgw:
         return self
 
     def user(self, account: Account) -> Account:
-        """Create an account; it owns nothing and may do nothing until a policy lets it."""
+        """Create an account, once; it owns nothing and may do nothing until a policy lets it."""
+        if account in self._accounts:
+            return account
+        self._accounts.add(account)
         self._run(
             *("radosgw-admin", "-c", self._conf, "user", "create", f"--uid={account.name}"),
             *(f"--display-name={account.name}", f"--access-key={account.access_key}"),
