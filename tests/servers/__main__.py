@@ -31,6 +31,7 @@ def write_configs(
     folder: Path, rabbitmq: RabbitMQ, redis: RedisServer, s3: Rgw, sites: tuple[str, ...]
 ) -> None:
     """Make the accounts, and <folder>/server.toml and <folder>/<site>.toml with each one's own."""
+    rabbitmq.reset()  # also turns its URLs to the virtual host that is used from here on
     folder.mkdir(parents=True, exist_ok=True)
     common = {"store_url": s3.url(BUCKET)}
     server = common | {
@@ -40,7 +41,6 @@ def write_configs(
         "store_secret_key": s3.admin.secret_key,
     }
     _write(folder / "server.toml", server)
-    rabbitmq.reset()
     rabbitmq.import_definitions(definitions({site: f"{site}-secret" for site in sites}))
     accounts = {site: s3.user(Account(site, f"{site}-key", f"{site}-secret")) for site in sites}
     for site, account in accounts.items():
