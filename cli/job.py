@@ -120,9 +120,10 @@ def status(job: JobArgument, store_url: StoreUrl = None) -> None:
     """
     store = open_store(load(store_url=store_url))
     try:
-        the_job = load_job(store, job)
-        records = list(VersionLog(store, job).history())
-        evaluations = list_evaluations(store, job)
+        with console.status("reading the log"):
+            the_job = load_job(store, job)
+            records = list(VersionLog(store, job).history())
+            evaluations = list_evaluations(store, job)
     except NotFound:
         fail(f"there is no job {job!r}; there are: {', '.join(list_jobs(store)) or 'none'}")
     except FedqueueError as exc:

@@ -34,9 +34,10 @@ def list_versions(job: JobArgument, store_url: StoreUrl = None) -> None:
     """
     store = open_store(load(store_url=store_url))
     try:
-        load_job(store, job)
-        records = list(VersionLog(store, job).history())
-        measured = {e.version: e for e in list_evaluations(store, job)}
+        with console.status("reading the log"):
+            load_job(store, job)
+            records = list(VersionLog(store, job).history())
+            measured = {e.version: e for e in list_evaluations(store, job)}
     except (FedqueueError, NotFound) as exc:
         fail(exc)
     table = Table("version", "made (UTC)", "updates", "mAP@0.5", "mAP@[.5:.95]", "bytes", "sha256", box=None)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import SecretStr
 from rich.table import Table
 
@@ -10,14 +12,27 @@ from federation.settings import env_name
 
 
 def settings() -> None:
-    """Show every setting: environment variable, meaning with unit, value in force. Secrets stay hidden.
+    """Show every setting: environment variable, meaning with unit, range, value in force. Secrets stay hidden.
 
     Example: FEDQUEUE_HEARTBEAT_S=2 fedqueue settings
     """
     current = load()
-    table = Table("environment variable", "meaning, unit", "value here", box=None)
+    table = Table("environment variable", "meaning, unit", "range", "value here", box=None)
     for name, field in type(current).model_fields.items():
         value = getattr(current, name)
         shown = "(hidden)" if isinstance(value, SecretStr) and value.get_secret_value() else str(value)
-        table.add_row(env_name(name), field.description, shown)
+        table.add_row(env_name(name), field.description, _range(field.metadata), shown)
     console.print(table)
+
+
+def _range(metadata: list[Any]) -> str:
+    """The bounds among a field's constraints, as in 0 < x ≤ 1; empty if there are none."""
+    bounds = {
+        name: getattr(part, name)
+        for part in metadata
+        for name in ("gt", "ge", "lt", "le")
+        if hasattr(part, name)
+    }
+    low = f"{bounds['gt']} < " if "gt" in bounds else f"{bounds['ge']} ≤ " if "ge" in bounds else ""
+    high = f" < {bounds['lt']}" if "lt" in bounds else f" ≤ {bounds['le']}" if "le" in bounds else ""
+    return f"{low}x{high}" if bounds else ""

@@ -1,0 +1,70 @@
+"""Every command explains itself: help, an example, and each flag's environment variable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from cli.main import app
+from federation.settings import Settings, env_name
+
+
+def commands(command: Any, path: str = "fedqueue") -> Iterator[tuple[str, Any]]:
+    """Leaves of the tree. Typer brings its own copy of click's classes, so groups are known by what they have."""
+    children = getattr(command, "commands", None)
+    if children is None:
+        yield path, command
+    for name, child in (children or {}).items():
+        yield from commands(child, f"{path} {name}")
+
+
+ALL = dict(commands(typer.main.get_command(app)))
+
+
+def test_the_commands_of_the_documentation_are_there() -> None:
+    expected = "demo predict ingress worker settings"
+    assert {f"fedqueue {name}" for name in expected.split()} <= ALL.keys()
+    for noun, verbs in {
+        "site": "run list",
+        "job": "create status history",
+        "model": "list pull",
+        "server": "init definitions bucket-policy",
+    }.items():
+        assert {f"fedqueue {noun} {verb}" for verb in verbs.split()} <= ALL.keys()
+
+
+@pytest.mark.parametrize("path", ALL)
+def test_a_command_has_help_with_an_example_and_every_flag_its_variable(path: str) -> None:
+    command = ALL[path]
+    assert "Example:" in (command.help or "")
+    for parameter in command.params:
+        if parameter.param_type_name == "option" and parameter.name != "help":
+            assert parameter.envvar, f"{parameter.opts} of {path} has no environment variable"
+            assert str(parameter.envvar).startswith("FEDQUEUE_")
+            assert parameter.help
+
+
+def test_settings_shows_every_setting_with_its_range_and_hides_secrets() -> None:
+    secret = "amqp://user:hunter2@127.0.0.1/"
+    result = CliRunner().invoke(app, ["settings"], env={"FEDQUEUE_BROKER_URL": secret, "COLUMNS": "220"})
+    assert result.exit_code == 0
+    for field in Settings.model_fields:
+        assert env_name(field) in result.output
+    assert "hunter2" not in result.output
+    assert "0 < x ≤ 1" in result.output
+
+
+def test_a_wrong_setting_names_itself_and_ends_the_process() -> None:
+    result = CliRunner().invoke(app, ["settings"], env={"FEDQUEUE_SITE_DUTY": "2"})
+    assert result.exit_code == 1
+    assert "site_duty" in result.output
+
+
+def test_an_unknown_job_is_named_beside_those_there_are(tmp_path: object) -> None:
+    result = CliRunner().invoke(app, ["job", "status", "nowhere", "--store-url", f"file:{tmp_path}"])
+    assert result.exit_code == 1
+    assert "nowhere" in result.output

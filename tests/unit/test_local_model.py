@@ -1,0 +1,86 @@
+"""What a site trains from, and what it uploads, under each norm policy and strategy."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from federation.errors import StoreUnavailable
+from federation.jobs import AggregationPolicy, Job, ModelRef, TrainingPlan
+from producers.local import LocalModel
+from storage.memory import MemoryStore
+from storage.models import ModelCache, save_model
+from storage.tensors import decode, from_arrays
+from tests.factories import Arrays, job_spec, toy_arrays
+
+NORM = [name for name in toy_arrays() if name.startswith("norm.")]
+
+
+def site(folder: Path, store: MemoryStore, norm: str = "average", strategy: str = "fedasync") -> LocalModel:
+    spec = job_spec(
+        plan=TrainingPlan.from_json(f'{{"norm": "{norm}"}}'),
+        aggregation=AggregationPolicy.from_json(f'{{"strategy": "{strategy}"}}'),
+    )
+    initial = save_model(store, "toy", from_arrays(toy_arrays(0.0)))
+    job = Job(spec=spec, initial=initial, max_update_bytes=1 << 20, created_at=datetime.now(UTC))
+    return LocalModel(job, store, ModelCache(folder / "models", 3), folder)
+
+
+def version(store: MemoryStore, arrays: Arrays) -> ModelRef:
+    return save_model(store, "toy", from_arrays(arrays))
+
+
+def exchanged(value: float, norm: str) -> Arrays:
+    return {n: a for n, a in toy_arrays(value).items() if norm == "average" or n not in NORM}
+
+
+@pytest.mark.parametrize("norm", ["average", "local", "frozen"])
+def test_training_starts_from_the_version_completed_by_the_initial_model(tmp_path: Path, norm: str) -> None:
+    store = MemoryStore()
+    model = site(tmp_path, store, norm)
+    arrays = model.assemble(model.pull(version(store, exchanged(2.0, norm))))
+    assert arrays.keys() == toy_arrays().keys()
+    assert arrays["conv.weight"].flat[0] == 2.0
+    assert arrays["norm.weight"].flat[0] == (2.0 if norm == "average" else 0.0)
+
+
+@pytest.mark.parametrize(("norm", "kept"), [("local", 5.0), ("frozen", 0.0)])
+def test_norm_layers_that_stay_home_are_kept_only_where_they_are_the_sites_own(
+    tmp_path: Path, norm: str, kept: float
+) -> None:
+    store = MemoryStore()
+    model = site(tmp_path, store, norm)
+    first = model.pull(version(store, exchanged(2.0, norm)))
+    trained = toy_arrays(5.0)
+    model.keep_norm(first, trained)
+    payload = decode(model.payload(first, trained))
+    assert sorted(payload.arrays()) == sorted(exchanged(0.0, norm))  # no norm tensor leaves the site
+    again = site(tmp_path, store, norm).assemble(first)
+    assert again["norm.weight"].flat[0] == kept
+    assert again["conv.weight"].flat[0] == 2.0
+
+
+def test_fedbuff_uploads_differences_of_weights_and_values_of_statistics(tmp_path: Path) -> None:
+    store = MemoryStore()
+    model = site(tmp_path, store, strategy="fedbuff")
+    base = model.pull(version(store, toy_arrays(2.0)))
+    payload = decode(model.payload(base, toy_arrays(5.0))).arrays()
+    assert payload["conv.weight"].flat[0] == 3.0
+    assert payload["norm.running_mean"].flat[0] == 5.0
+    assert payload["norm.running_var"].flat[0] == 6.0
+    assert int(payload["norm.num_batches_tracked"]) == 5
+    assert base.arrays()["conv.weight"].flat[0] == 2.0  # the base itself is unchanged
+
+
+def test_a_broken_download_is_an_outage_not_the_end(tmp_path: Path) -> None:
+    store = MemoryStore()
+    model = site(tmp_path, store)
+    good = version(store, toy_arrays(2.0))
+    store.put(good.key, bytes(good.nbytes))
+    with pytest.raises(StoreUnavailable, match="downloaded model"):
+        model.pull(good)
+    assert not list((tmp_path / "models").glob("*.safetensors"))
+    assert np.isfinite(model.pull(version(store, toy_arrays(3.0))).flat).all()
