@@ -119,4 +119,7 @@ def _view(
             f"mAP@0.5 {newest.metrics[MAP_50]:.3f} at version {newest.version}   ", style="bold green"
         )
     line.append(f"{seconds:.0f} s" + ("   closed, measuring the last version" if watched.closed else ""))
-    return Group(ProgressBar(total=last, completed=watched.version, width=80), line, table)
+    rows = Table.grid()  # a bar does not end its line, a row does
+    rows.add_row(ProgressBar(total=last, completed=watched.version, width=80))
+    rows.add_row(line)
+    return Group(rows, table)
