@@ -1,0 +1,59 @@
+"""The documents stay true: examples parse, links lead somewhere, reasons and settings exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from aggregator import decide
+from federation.jobs import JobSpec
+from federation.settings import ENV_PREFIX, Settings
+
+ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_example_job_is_a_job() -> None:
+    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "jobs.md").read_text(), re.S)
+    spec = JobSpec.from_json(json.dumps(tomllib.loads(example)))
+    assert spec.aggregation.strategy == "fedasync"
+    # what is commented out is an example too
+    optional = re.findall(r"^# (\w+ = .+?)(?:  +#.*)?$", example, re.M)
+    assert len(optional) >= 4
+    for line in optional:
+        tomllib.loads(line)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(document: Path) -> None:
+    text = re.sub(r"`[^`]*`", "", document.read_text())  # code is no link
+    for target in re.findall(r"\]\(([^)#]+)", text) + re.findall(r'src="([^"]+)"', text):
+        if "://" not in target:
+            assert (document.parent / target).exists(), f"{document.name} links to {target}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_settings_that_are_named_exist(document: Path) -> None:
+    named = set(re.findall(rf"{ENV_PREFIX}([A-Z0-9_]+)", document.read_text()))
+    known = {name.upper() for name in Settings.model_fields} | {"CONFIG"}
+    assert {name for name in named if not name.startswith("CLI_")} <= known
+
+
+def test_the_protocol_lists_every_reason_of_a_refusal() -> None:
+    protocol = (ROOT / "docs" / "protocol.md").read_text()
+    reasons = {value for name, value in vars(decide).items() if name.isupper() and isinstance(value, str)}
+    sources = [
+        ROOT / "federation" / "wire.py",
+        ROOT / "storage" / "tensors.py",
+        ROOT / "storage" / "models.py",
+    ]
+    for source in sources:
+        reasons |= set(
+            re.findall(r'Bad(?:Message|Payload)\([^)]*?"([a-z]+(?:-[a-z]+)+)"', source.read_text(), re.S)
+        )
+    assert len(reasons) > 15
+    assert {reason for reason in reasons if f"`{reason}`" not in protocol} == set()
