@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from broker import topology
@@ -23,6 +25,8 @@ log = logging.getLogger("fedqueue.site")
 REPUBLISH_AFTER_S = 600.0
 """A confirmed message whose fate the log does not tell for so long may have been in a broker that lost its
 disk: send it again. If it only waits in a long queue, the server drops the duplicate."""
+REPUBLISH_TIMES = 6
+"""After that the server has it and cannot use it, or nobody works there: train on rather than wait for ever."""
 
 
 @dataclass
@@ -33,7 +37,9 @@ class Courier:
     store: BlobStore
     broker: Broker
     confirmed: int = 0
+    clock: Callable[[], float] = time.monotonic
     _published_at: dict[str, float] = field(default_factory=dict)
+    _times: Counter[str] = field(default_factory=Counter)
 
     def deliver(self) -> None:
         """Send everything that waits, oldest first. Raises StoreUnavailable, BrokerUnavailable, AccessDenied."""
@@ -45,16 +51,20 @@ class Courier:
             log.info("update %s: sent, base version %d", update.update_id, update.base_version)
 
     def republish(self) -> None:
-        """Send again what was confirmed long ago and never came up in the log."""
+        """Send again what was confirmed long ago and never came up in the log; in the end, wait for it no more."""
         for update in self.outbox.sent():
-            since = self._published_at.setdefault(update.update_id, time.monotonic())
-            if time.monotonic() - since > REPUBLISH_AFTER_S:
-                log.warning(
-                    "update %s: no word of it for %.0f s, sending it again",
-                    update.update_id,
-                    REPUBLISH_AFTER_S,
+            update_id = update.update_id
+            if self.clock() - self._published_at.setdefault(update_id, self.clock()) < REPUBLISH_AFTER_S:
+                continue
+            if self._times[update_id] == REPUBLISH_TIMES:
+                log.error(
+                    "update %s: the server never named it; ask its operator for dead letters", update_id
                 )
-                self._publish(update)
+                self.outbox.settle(update_id)
+                continue
+            log.warning("update %s: no word of it for %.0f s, sending it again", update_id, REPUBLISH_AFTER_S)
+            self._publish(update)
+            self._times[update_id] += 1
 
     def _publish(self, update: ClientUpdate) -> None:
         try:
@@ -65,4 +75,4 @@ class Courier:
             raise BrokerUnavailable(
                 "the broker has no queue for updates yet: run `fedqueue server init`"
             ) from exc
-        self._published_at[update.update_id] = time.monotonic()
+        self._published_at[update.update_id] = self.clock()
