@@ -1,10 +1,12 @@
 """The server: the Celery app and its tasks, and the ingress before them. `celery -A tasks worker` finds `app`.
 
 ingress.py      sites' queue -> checked -> Celery task; heartbeats -> liveness; dead letters -> their task
-celery.py          the Celery app and how a task is sent, over RabbitMQ or the embedded queue
+celery.py       the Celery app, how a task ends, how it is sent: over RabbitMQ or the embedded queue
 context.py      what one process works with: settings, store, logs
 accept.py       fedqueue.accept_update     one update -> one log record
 publish.py      fedqueue.publish_version   all pending updates -> one model version
+state.py        the server optimiser's state, stored beside the model
+tell.py         hints to the sites, after the log has it
 evaluate.py     fedqueue.evaluate_version  one version -> metrics on the held-out set (the only torch here)
 jobs.py         fedqueue.create_job        job description -> job.json and version 0
 deadletters.py  fedqueue.keep_dead_letter  what nobody could handle -> the store, with its reason

@@ -63,11 +63,11 @@ def publish_pending(context: Context, job: Job) -> LogRecord | None:
         return None
     folded = _fold(context, job, record.head)
     while True:
-        event, closed = _event(job, record.head, folded)
+        event = Published(merged=folded.merged, refused=folded.refused)
         if not transitions.still_applies(record.head, event, base):
             log.info("%s: another worker published version %d first", job.id, record.head.version)
             return None
-        head = transitions.publish(job.spec, record.head, event, folded.current, closed)
+        event, head = _next(job, record.head, event, folded.current)
         try:
             record = versions.append(record, event, head)
         except Conflict:
@@ -108,18 +108,14 @@ def _fold(context: Context, job: Job, head: Head) -> _Folded:
     return _Folded(result.merged, tuple(refused), current_version)
 
 
-def _event(job: Job, head: Head, folded: _Folded) -> tuple[Published, str | None]:
+def _next(job: Job, head: Head, event: Published, current: ModelVersion) -> tuple[Published, Head]:
     """What to append on `head`. The last version closes the job and refuses what still waits."""
-    refused, closed = folded.refused, None
-    if folded.current.version >= job.spec.stop.max_versions:
-        closed = f"version {folded.current.version}, the last of stop.max_versions, is made"
-        done = {c.update.update_id for c in folded.merged} | {r.update.update_id for r in refused}
-        refused += tuple(
-            _refusal(c.update, decide.JOB_CLOSED, f"the job is closed: {closed}", folded.current.version)
-            for c in head.pending
-            if c.update.update_id not in done
-        )
-    return Published(merged=folded.merged, refused=refused), closed
+    if current.version < job.spec.stop.max_versions:
+        return event, transitions.publish(job.spec, head, event, current)
+    closed = f"version {current.version}, the last of stop.max_versions, is made"
+    left = decide.leftovers(transitions.publish(job.spec, head, event, current, closed))
+    event = Published(merged=event.merged, refused=event.refused + left)
+    return event, transitions.publish(job.spec, head, event, current, closed)
 
 
 def _refused(context: Context, job: Job, refusal: Refusal) -> None:
