@@ -1,10 +1,11 @@
 """The site agent: what runs beside a company's cameras. Only tensors and declared numbers leave it.
 
-agent.py      the loop: deliver, look, train, hand over
-outbox.py     finished updates on disk until the broker has confirmed them
-follow.py     what the job's log says: newest version, what became of our updates
-local.py      from a stored version to weights and back to a payload (norm policy, differences)
-delivery.py   upload, then publish
-heartbeat.py  tells the server what this site is doing
-backoff.py    how long to wait after a failure
+agent.py              the loop: deliver, look, train, hand over; the Trainer port
+detection_trainer.py  local training of detectors behind that port
+outbox.py             finished updates on disk until the broker has confirmed them
+delivery.py           upload, then publish
+follow.py             what the job's log says: newest version, what became of our updates
+local.py              from a stored version to weights and back to a payload (norm policy, differences)
+heartbeat.py          tells the server what this site is doing
+backoff.py            how long to wait after a failure
 """
