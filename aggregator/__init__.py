@@ -4,7 +4,7 @@ numpy only. No I/O, no clock, no logging, no torch: everything here is a functio
 
     staleness     s(τ): constant, polynomial, hinge
     weighting     update + place in the queue -> Contribution (version, staleness, weight)
-    decide        job + head + update -> Accept | Duplicate | TooStale | Refuse
+    decide        job + head + update -> Accept | Duplicate | Refuse
     transitions   head + event -> next head
     merge         Merge: folds verified payloads into the model, one at a time
     fedasync, fedbuff, fedavg, server_opt    one algorithm each: data plus functions

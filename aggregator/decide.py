@@ -1,16 +1,16 @@
 """What becomes of a client update: a pure function of the job, the head and the update.
 
-    Accept      append it with these numbers
+    Accept      append it with these numbers, unless the log's history names the id
     Duplicate   its id is remembered: nothing to append, answer as before
-    TooStale    refuse it, unless the log's history names the id (see `TooStale`)
-    Refuse      refuse it for good
+    Refuse      refuse it for good, likewise
 
 Outcomes, not exceptions. A decision holds for the head that it was made from; after a conflict decide again.
 The head after the event that records it comes from `aggregator.transitions`.
 
 The order of the checks matters. A redelivered update must be recognised whatever has changed since, so the
-duplicate check is first. An id may be forgotten once its base is too old, so the check that catches those
-is next: every update that passes both has certainly never been in the log.
+duplicate check is first. The head does not remember every id (`aggregator.transitions` says which it forgets);
+where it may have forgotten this one, the decision says `maybe_forgotten`: search the log's history before you
+record it, because an update ends in exactly one way.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Accept:
     """Append `contribution`."""
 
     contribution: Contribution
+    maybe_forgotten: bool
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,14 @@ class Duplicate:
 
 
 @dataclass(frozen=True)
-class TooStale:
-    """The update is older than the policy allows.
-
-    `maybe_forgotten`: its base is so old that the head no longer remembers such ids, so it may be the
-    redelivery of one that the log holds. Search the log's history before recording the refusal: an update
-    ends in exactly one way.
-    """
+class Refuse:
+    """The update is wrong for this job and stays wrong, or too old."""
 
     refusal: Refusal
     maybe_forgotten: bool
 
 
-@dataclass(frozen=True)
-class Refuse:
-    """The update is wrong for this job and stays wrong."""
-
-    refusal: Refusal
-
-
-Decision = Accept | Duplicate | TooStale | Refuse
+Decision = Accept | Duplicate | Refuse
 
 
 def decide(job: Job, head: Head, update: ClientUpdate) -> Decision:
@@ -74,18 +63,17 @@ def decide(job: Job, head: Head, update: ClientUpdate) -> Decision:
         if known.update_id == update.update_id:
             return Duplicate(known.reason)
 
-    def refusal(reason: str, message: str) -> Refusal:
-        return Refusal(update=update, reason=reason, message=message, version=head.version)
-
-    stale = _staleness_problem(job.spec, head, update)
-    if stale:
-        return TooStale(
-            refusal(TOO_STALE, stale), is_forgettable(job.spec, head.version, update.base_version)
-        )
+    maybe_forgotten = (
+        head.closed is not None
+        or update.base_version < head.remembered_from
+        or is_forgettable(job.spec, head.version, update.base_version)
+    )
     problem = _problem(job, head, update)
     if problem is not None:
-        return Refuse(refusal(*problem))
-    return Accept(assign(job.spec, update, head.version, len(head.pending)))
+        reason, message = problem
+        refusal = Refusal(update=update, reason=reason, message=message, version=head.version)
+        return Refuse(refusal, maybe_forgotten)
+    return Accept(assign(job.spec, update, head.version, len(head.pending)), maybe_forgotten)
 
 
 def wants_publish(spec: JobSpec, head: Head) -> bool:
@@ -134,6 +122,9 @@ def _staleness_problem(spec: JobSpec, head: Head, update: ClientUpdate) -> str:
 def _problem(job: Job, head: Head, update: ClientUpdate) -> tuple[str, str] | None:
     """(reason, message) of the first thing wrong with the update, or None."""
     spec = job.spec
+    stale = _staleness_problem(spec, head, update)
+    if stale:
+        return TOO_STALE, stale
     if head.closed is not None:
         return JOB_CLOSED, f"job {spec.id} is closed ({head.closed}): stop training for it"
     if spec.participants is not None and update.site not in spec.participants:

@@ -3,8 +3,14 @@
 They raise ValueError where the event cannot follow the head. That is a mistake of the caller, never of a
 site: decide again from the newest head.
 
-Ids are remembered when they are accepted or refused, and forgotten in `publish` alone, where versions
-advance: only those that `decide` would call too stale from then on anyway.
+Ids are remembered when they are accepted or refused, so that the same update counts once, whatever the broker
+delivers again. What may be forgotten:
+
+    ids that every later decision would refuse anyway: too stale for good, or the job is closed
+    beyond REMEMBERED_LIMIT those with the oldest bases; `remembered_from` then says so, and `decide` asks for a
+    search of the log's history
+
+So a record has a bounded size, however long a backlog and however large `max_staleness` is.
 """
 
 from __future__ import annotations
@@ -13,6 +19,9 @@ from collections.abc import Sequence
 
 from federation.jobs import JobSpec
 from federation.types import Contribution, Head, ModelVersion, Published, Refusal, Remembered
+
+REMEMBERED_LIMIT = 256
+"""Ids in the head after a publish or a refusal: some 20 KB of each record."""
 
 
 def is_forgettable(spec: JobSpec, version: int, base_version: int) -> bool:
@@ -35,19 +44,29 @@ def accept(head: Head, contribution: Contribution) -> Head:
         current=head.current,
         pending=(*head.pending, contribution),
         remembered=(*head.remembered, known),
+        remembered_from=head.remembered_from,
     )
 
 
-def refuse(head: Head, refusal: Refusal) -> Head:
-    """Remember the id with the reason, and take it out of the queue if it was accepted before."""
+def refuse(spec: JobSpec, head: Head, refusal: Refusal) -> Head:
+    """Remember the id with the reason, and take it out of the queue if it was accepted before.
+
+    Not remembered is what `decide` would refuse from now on anyway, so that a flood of such updates does not
+    make every record longer than the one before it.
+    """
     gone = refusal.update.update_id
     pending = tuple(c for c in head.pending if c.update.update_id != gone)
     if len(pending) == len(head.pending) and any(known.update_id == gone for known in head.remembered):
         raise ValueError(f"{gone} was merged or refused before: it cannot be refused again")
+    hopeless = head.closed is not None or is_forgettable(spec, head.version, refusal.update.base_version)
+    waited = len(pending) < len(head.pending)
+    known = head.remembered if hopeless and not waited else _with_reasons(head.remembered, (refusal,))
+    remembered, remembered_from = _bounded(known, head.remembered_from)
     return Head(
         current=head.current,
         pending=pending,
-        remembered=_with_reasons(head.remembered, (refusal,)),
+        remembered=remembered,
+        remembered_from=remembered_from,
         closed=head.closed,
     )
 
@@ -78,14 +97,19 @@ def publish(
     elif current != head.current:
         raise ValueError("there is a new model, but nothing was merged into it")
     gone = _ids(event)
-    return Head(
-        current=current,
-        pending=tuple(c for c in head.pending if c.update.update_id not in gone),
-        remembered=tuple(
+    remembered, remembered_from = _bounded(
+        tuple(
             known
             for known in _with_reasons(head.remembered, event.refused)
             if not is_forgettable(spec, current.version, known.base_version)
         ),
+        head.remembered_from,
+    )
+    return Head(
+        current=current,
+        pending=tuple(c for c in head.pending if c.update.update_id not in gone),
+        remembered=remembered,
+        remembered_from=remembered_from,
         closed=closed,
     )
 
@@ -97,7 +121,13 @@ def close(head: Head, reason: str) -> Head:
     """
     if head.closed is not None:
         return head
-    return Head(current=head.current, pending=head.pending, remembered=head.remembered, closed=reason)
+    return Head(
+        current=head.current,
+        pending=head.pending,
+        remembered=head.remembered,
+        remembered_from=head.remembered_from,
+        closed=reason,
+    )
 
 
 def _ids(event: Published) -> set[str]:
@@ -113,3 +143,12 @@ def _with_reasons(remembered: Sequence[Remembered], refused: Sequence[Refusal]) 
             update_id=update.update_id, base_version=update.base_version, reason=refusal.reason
         )
     return tuple(by_id.values())
+
+
+def _bounded(remembered: tuple[Remembered, ...], since: int) -> tuple[tuple[Remembered, ...], int]:
+    """At most REMEMBERED_LIMIT of them, all those from the newest bases; and the base from which that is all."""
+    if len(remembered) <= REMEMBERED_LIMIT:
+        return remembered, since
+    bases = sorted((known.base_version for known in remembered), reverse=True)
+    since = max(since, bases[REMEMBERED_LIMIT] + 1)
+    return tuple(known for known in remembered if known.base_version >= since), since

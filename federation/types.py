@@ -1,6 +1,6 @@
 """What sites send and what the log says, as frozen values. The nouns of docs/architecture.md.
 
-    LogRecord ─ Event (Created | Accepted | Refused | Published | Closed), Head after it
+    LogRecord ─ Event (Created | Accepted | Refused | Published | Closed | Collected), Head after it
     Head ─ version, ModelRef, pending Contributions, remembered ids
     Contribution ─ ClientUpdate with the staleness and the weight that it was given
 
@@ -19,6 +19,8 @@ from federation.jobs import MAX_VERSION, ClassName, ModelRef, PayloadKind
 from federation.keys import update_key
 
 MAX_METRICS = 32
+MAX_COLLECTED = 1000
+"""Keys in one record; more take several records."""
 MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:@\[\]/ -]{1,64}$")]
 Metrics = Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)]
 
@@ -123,7 +125,18 @@ class Closed(Value):
     reason: str = Field(max_length=200)
 
 
-Event = Annotated[Created | Accepted | Refused | Published | Closed, Field(discriminator="type")]
+class Collected(Value):
+    """Retention removes these objects: whoever finds one missing from here on knows why.
+
+    Appended before the first of them is deleted. So a worker that stored a model and appends its record after
+    this one has lost the compare-and-swap once, and sees whether its model is among them.
+    """
+
+    type: Literal["collected"] = "collected"
+    keys: tuple[str, ...] = Field(min_length=1, max_length=MAX_COLLECTED)
+
+
+Event = Annotated[Created | Accepted | Refused | Published | Closed | Collected, Field(discriminator="type")]
 
 
 class Remembered(Value):
@@ -148,6 +161,11 @@ class Head(Value):
     current: ModelVersion
     pending: tuple[Contribution, ...] = ()
     remembered: tuple[Remembered, ...] = ()
+    remembered_from: int = Field(
+        default=0,
+        ge=0,
+        description="ids of updates from an older base may be missing in `remembered`; the log's history has them",
+    )
     closed: str | None = Field(default=None, max_length=200, description="why no update is merged any more")
 
     @property
@@ -181,7 +199,10 @@ class Evaluation(Value):
 
 
 class DeadLetter(Value):
-    """`deadletters/<id>.json`: a message that was no update of any job, whole, with the reason."""
+    """`deadletters/<id>.json`: a message that was no update of any job, whole, with the reason.
+
+    `requeue_began_at` and `requeued_at` are set in later records of the same letter (storage/jobs.py).
+    """
 
     schema_version: Literal[1] = 1
     id: str = Field(pattern=r"^[0-9a-f-]{36}$")
@@ -190,7 +211,10 @@ class DeadLetter(Value):
     queue: str = Field(max_length=255, description="where it was read")
     routing_key: str = Field(max_length=255)
     user_id: str | None = Field(default=None, max_length=255)
+    type: str | None = Field(default=None, max_length=255)
     content_type: str | None = Field(default=None, max_length=255)
     headers: str = Field(default="", max_length=8192, description="as text, for reading only")
     body_base64: str
     at: AwareDatetime
+    requeue_began_at: AwareDatetime | None = None
+    requeued_at: AwareDatetime | None = Field(default=None, description="when the broker had it again")

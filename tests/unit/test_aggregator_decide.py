@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.decide import Accept, Duplicate, Refuse, TooStale, decide, leftovers, wants_publish
+from aggregator import transitions
+from aggregator.decide import Accept, Duplicate, Refuse, decide, leftovers, wants_publish
 from aggregator.transitions import accept, close, publish, refuse, still_applies
 from aggregator.weighting import assign
 from federation.jobs import JobSpec
@@ -20,7 +22,7 @@ JOB = make_job(SPEC)
 
 
 def reason_of(decision: object) -> str:
-    assert isinstance(decision, Refuse | TooStale)
+    assert isinstance(decision, Refuse)
     assert decision.refusal.message
     return decision.refusal.reason
 
@@ -44,7 +46,7 @@ def test_a_good_update_is_accepted_with_its_numbers() -> None:
     head = queue(SPEC, make_head(5), make_update(5), make_update(5, site="site-b"))
     update = make_update(4, site="site-c")
     decision = decide(JOB, head, update)
-    assert decision == Accept(assign(SPEC, update, version=5, position=2))
+    assert decision == Accept(assign(SPEC, update, version=5, position=2), maybe_forgotten=False)
     assert isinstance(decision, Accept)
     assert (decision.contribution.staleness, decision.contribution.version) == (3, 8)
 
@@ -110,15 +112,15 @@ def test_fedbuff_counts_staleness_in_flushes() -> None:
 def test_too_stale_says_whether_the_id_may_have_been_forgotten() -> None:
     by_queue = decide(JOB, queue(SPEC, make_head(15), make_update(15)), make_update(5))
     by_version = decide(JOB, make_head(16), make_update(5))
-    assert isinstance(by_queue, TooStale)
-    assert isinstance(by_version, TooStale)
+    assert isinstance(by_queue, Refuse)
+    assert isinstance(by_version, Refuse)
     assert (by_queue.maybe_forgotten, by_version.maybe_forgotten) == (False, True)
 
 
 def test_too_stale_comes_before_every_refusal_so_that_a_forgotten_id_is_looked_up() -> None:
     ancient = make_update(0, site="site-x", kind="difference", payload_bytes=9999)
     decision = decide(JOB, make_head(50, closed="done"), ancient)
-    assert isinstance(decision, TooStale)
+    assert isinstance(decision, Refuse)
     assert decision.maybe_forgotten
 
 
@@ -137,11 +139,39 @@ def test_a_redelivery_is_a_duplicate_whatever_has_changed_since(closed: str | No
 
 def test_a_refused_id_stays_refused_with_its_reason() -> None:
     update = make_update(9)
-    head = refuse(make_head(5), refusal_of(update, "future-base"))
+    head = refuse(SPEC, make_head(5), refusal_of(update, "future-base"))
     assert decide(JOB, head, update) == Duplicate("future-base")
     # by now it would be acceptable, if it were not remembered
     later = Head(current=make_version(9), remembered=head.remembered)
     assert decide(JOB, later, update) == Duplicate("future-base")
+
+
+@pytest.mark.parametrize(
+    ("head", "base"), [(make_head(50), 39), (make_head(5, closed="done"), 5)], ids=["too old", "closed"]
+)
+def test_an_id_that_would_be_refused_for_ever_is_not_remembered(head: Head, base: int) -> None:
+    update = make_update(base)
+    decision = decide(JOB, head, update)
+    assert isinstance(decision, Refuse)
+    assert decision.maybe_forgotten, "only the log's history knows it from now on"
+    assert refuse(SPEC, head, decision.refusal) == head
+
+
+def test_a_full_memory_forgets_the_oldest_bases_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transitions, "REMEMBERED_LIMIT", 3)
+    old, new = [make_update(0) for _ in range(2)], [make_update(1) for _ in range(3)]
+    head = published(SPEC, queue(SPEC, make_head(1), *old, *new), 5)
+    assert [known.update_id for known in head.remembered] == [update.update_id for update in new]
+    assert head.remembered_from == 1
+    assert decide(JOB, head, new[0]) == Duplicate(None)
+    for update, maybe_forgotten in ((old[0], True), (make_update(1), False)):
+        decision = decide(JOB, head, update)
+        assert isinstance(decision, Accept)
+        assert decision.maybe_forgotten == maybe_forgotten
+    many = [make_update(99) for _ in range(5)]
+    for update in many:
+        head = refuse(SPEC, head, refusal_of(update, "future-base"))
+    assert len(head.remembered) <= 3, "a flood of refusals does not fill it either"
 
 
 def test_a_pending_update_that_turned_out_bad_is_remembered_as_refused() -> None:
@@ -170,7 +200,7 @@ def test_an_id_is_forgotten_exactly_when_a_redelivery_is_certain_to_be_too_stale
     if remembered:
         assert decision == Duplicate(None)
     else:
-        assert isinstance(decision, TooStale)
+        assert isinstance(decision, Refuse)
         assert decision.maybe_forgotten
 
 
@@ -184,8 +214,15 @@ actions = st.lists(
 )
 
 
-@given(actions, st.sampled_from(["fedasync", "fedbuff", "fedavg"]))
-def test_no_update_ends_twice_and_memory_is_bounded(history: list[tuple[str, int]], strategy: str) -> None:
+@given(actions, st.sampled_from(["fedasync", "fedbuff", "fedavg"]), st.sampled_from([0, 1, 3, 256]))
+def test_no_update_ends_twice_and_memory_is_bounded(
+    history: list[tuple[str, int]], strategy: str, limit: int
+) -> None:
+    with mock.patch.object(transitions, "REMEMBERED_LIMIT", limit):
+        check_history(history, strategy, limit)
+
+
+def check_history(history: list[tuple[str, int]], strategy: str, limit: int) -> None:
     spec = make_spec(strategy, max_staleness=3, buffer_size=2)
     job, head = make_job(spec), make_head()
     sent: list[ClientUpdate] = []
@@ -204,7 +241,7 @@ def test_no_update_ends_twice_and_memory_is_bounded(history: list[tuple[str, int
                 event = Published(merged=(), refused=tuple(refusal_of(u) for u in bad))
                 head = publish(spec, head, event, head.current)
             assert all(known.base_version >= head.version - 3 for known in head.remembered)
-            assert {c.update.update_id for c in head.pending} <= {k.update_id for k in head.remembered}
+            assert len(head.remembered) <= limit
             continue
         if action == "send":
             site = ("site-a", "site-b", "site-c")[number % 3]
@@ -216,13 +253,15 @@ def test_no_update_ends_twice_and_memory_is_bounded(history: list[tuple[str, int
         else:
             continue
         decision = decide(job, head, update)
+        if isinstance(decision, Duplicate):
+            continue
+        if decision.maybe_forgotten and update.update_id in accepted.keys() | refused.keys():
+            continue  # what the caller's search of the log's history finds
         if isinstance(decision, Accept):
             head = accept(head, decision.contribution)
             accepted[update.update_id] = accepted.get(update.update_id, 0) + 1
-        elif isinstance(decision, TooStale) and decision.maybe_forgotten:
-            continue  # the caller searches the history; never accepted either way
-        elif isinstance(decision, TooStale | Refuse):
-            head = refuse(head, decision.refusal)
+        else:
+            head = refuse(spec, head, decision.refusal)
             refused[update.update_id] = refused.get(update.update_id, 0) + 1
     assert set(accepted.values()) <= {1}
     assert set(refused.values()) <= {1}
@@ -245,7 +284,7 @@ def test_a_round_takes_one_update_of_each_site() -> None:
 def test_a_round_takes_only_updates_of_its_own_version() -> None:
     job = make_job(ROUND)
     late = decide(job, make_head(1), make_update(0))
-    assert isinstance(late, TooStale)
+    assert isinstance(late, Refuse)
     assert not late.maybe_forgotten
     assert reason_of(late) == "too-stale"
     assert reason_of(decide(job, make_head(1), make_update(2))) == "future-base"
@@ -254,7 +293,7 @@ def test_a_round_takes_only_updates_of_its_own_version() -> None:
 
 def test_a_site_whose_update_was_bad_may_contribute_again() -> None:
     bad = make_update(site="site-a")
-    head = refuse(queue(ROUND, make_head(), bad), refusal_of(bad))
+    head = refuse(ROUND, queue(ROUND, make_head(), bad), refusal_of(bad))
     assert isinstance(decide(make_job(ROUND), head, make_update(site="site-a")), Accept)
 
 
@@ -348,9 +387,9 @@ def test_an_id_is_recorded_once() -> None:
     with pytest.raises(ValueError, match="in the log already"):
         queue(SPEC, head, update)
     with pytest.raises(ValueError, match="merged or refused before"):
-        refuse(published(SPEC, head, 1), refusal_of(update))
+        refuse(SPEC, published(SPEC, head, 1), refusal_of(update))
     with pytest.raises(ValueError, match="merged or refused before"):
-        refuse(refuse(head, refusal_of(update)), refusal_of(update))
+        refuse(SPEC, refuse(SPEC, head, refusal_of(update)), refusal_of(update))
     with pytest.raises(ValueError, match="cannot be accepted"):
         queue(SPEC, close(head, "done"), make_update(0))
 
@@ -366,6 +405,6 @@ def test_what_is_pending_when_a_job_closes_is_refused() -> None:
     head = close(head, "stopped by its owner")
     assert [(r.update, r.reason) for r in leftovers(head)] == [(u, "job-closed") for u in updates]
     for refusal in leftovers(head):
-        head = refuse(head, refusal)
+        head = refuse(SPEC, head, refusal)
     assert (head.pending, leftovers(head), head.closed) == ((), (), "stopped by its owner")
     assert decide(JOB, head, updates[0]) == Duplicate("job-closed")
