@@ -18,7 +18,7 @@ from cli.shares import shares
 from federation.errors import BadJob, FedqueueError, NotFound, Transient
 from federation.jobs import JobSpec
 from federation.settings import Settings
-from federation.types import Accepted, Closed, LogRecord, Published, Refused
+from federation.types import Accepted, Closed, Collected, LogRecord, Published, Refused
 from storage.blob import BlobStore
 from storage.jobs import list_evaluations, list_jobs, load_job
 from storage.log import VersionLog
@@ -187,4 +187,6 @@ def _line(record: LogRecord) -> str:
         return f"published  {len(event.merged)} merged: {merged}{refused}"
     if isinstance(event, Closed):
         return f"closed     {event.reason}"
+    if isinstance(event, Collected):
+        return f"collected  {len(event.keys)} objects that are not needed any more"
     return "created"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cli import demo, job, model, predict, server, settings, site, worker
+from cli import audit, deadletter, demo, gc, job, model, predict, server, settings, site, worker
 
 app = typer.Typer(
     name="fedqueue",
@@ -18,9 +18,13 @@ app.add_typer(site.app, name="site")
 app.add_typer(job.app, name="job")
 app.add_typer(model.app, name="model")
 app.add_typer(server.app, name="server")
+app.add_typer(deadletter.app, name="deadletter")
+app.command("audit")(audit.audit)
+app.command("replay")(audit.replay)
 app.command("worker")(worker.worker)
 app.command("ingress")(worker.ingress)
 app.command("predict")(predict.predict)
+app.command("gc")(gc.gc)
 app.command("settings")(settings.settings)
 
 if __name__ == "__main__":

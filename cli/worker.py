@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
+import time
+from collections.abc import Callable
 from enum import StrEnum
 from typing import Annotated
 
 import typer
 
 from broker import topology
+from broker.backoff import backoff_s
 from broker.open import connect, declare
 from cli.options import BrokerUrl, LiveUrl, StoreUrl, export, fail, load, log_to_stderr, stop_on_signals
-from federation.errors import FedqueueError
+from federation.errors import FedqueueError, Transient
 from storage.liveness import open_liveness
 from storage.open import open_store
 from storage.probe import probe
+
+log = logging.getLogger("fedqueue.server")
+
+START_BACKOFF_S = (1.0, 15.0)
+"""First and longest wait between attempts to reach broker and store."""
 
 
 class WorkerQueue(StrEnum):
@@ -51,7 +60,7 @@ def worker(
     log_to_stderr()
     settings = load(broker_url=broker_url, store_url=store_url, live_url=live_url)
     try:
-        probe(open_store(settings))
+        _patiently(lambda: probe(open_store(settings)))
         if settings.embedded:
             from tasks.embedded import run
 
@@ -59,7 +68,7 @@ def worker(
             chosen = queue or [WorkerQueue.merge, WorkerQueue.evaluate]
             run(settings, [_QUEUES[name] for name in chosen], stop_on_signals().is_set)
             return
-        declare(settings)
+        _patiently(lambda: declare(settings))
     except FedqueueError as exc:
         fail(exc)
     export(settings)
@@ -82,6 +91,19 @@ def worker(
     os.execv(sys.executable, [sys.executable, "-m", "celery", *arguments])
 
 
+def _patiently(action: Callable[[], None]) -> None:
+    """Do `action` as soon as broker and store let it: a server process may start before they do."""
+    attempt = 0
+    while True:
+        try:
+            return action()
+        except Transient as exc:
+            attempt += 1
+            seconds = backoff_s(attempt, *START_BACKOFF_S)
+            log.warning("waiting %.1f s: %s", seconds, exc)
+        time.sleep(seconds)
+
+
 def ingress(broker_url: BrokerUrl = None, live_url: LiveUrl = None) -> None:
     """Check what sites send, and pass it on to the workers. Needs no object store.
 
@@ -93,16 +115,16 @@ def ingress(broker_url: BrokerUrl = None, live_url: LiveUrl = None) -> None:
         fail("with the embedded queue `fedqueue worker` is the whole server, ingress included")
     export(settings)
     from tasks.celery import send_celery
-    from tasks.ingress import Ingress
+    from tasks.ingress import Ingress, ticking
 
     try:
-        declare(settings)
+        _patiently(lambda: declare(settings))
         gate = Ingress(
             connect(settings, keep_open=True, server=True),
             open_liveness(settings),
             send_celery,
             settings.heartbeat_ttl_s,
         )
-        gate.run(stop_on_signals().is_set)
+        gate.run(ticking(stop_on_signals().is_set, send_celery, settings.gc_every_s))
     except FedqueueError as exc:
         fail(exc)

@@ -1,11 +1,11 @@
 """Every object key in the bucket. The layout is part of the protocol (docs/protocol.md).
 
-_probe/<random>                            written and removed by the start-up probe
-deadletters/<id>.json                      what was not an update of any job: raw bytes and reason
+_probe/<random>                            written and removed: by the start-up probe, to ask for the store's time
+deadletters/<id>[.<n>].json                a message nobody could handle, whole, and each of its requeues
 jobs/<job>/
     job.json                               written once
     log/<20 digits>.json                   put-if-absent; the whole head after the event
-    models/<sha256>.safetensors            immutable, named by content
+    models/<sha256>[-<copy>].safetensors   immutable, named by content
     updates/<site>/<update_id>.safetensors immutable, written by the site
     rejected/<site>/<update_id>.json       reason, numbers, when
     metrics/<version>/<who>.json           evaluation results
@@ -46,12 +46,21 @@ def log_seq(key: str) -> int:
     return int(digits)
 
 
-def model_key(job: str, sha256: str) -> str:
-    return f"{job_prefix(job)}models/{sha256}.safetensors"
+def models_prefix(job: str) -> str:
+    return f"{job_prefix(job)}models/"
+
+
+def model_key(job: str, sha256: str, copy: str = "") -> str:
+    """`copy`: a word that makes it another object of the same content."""
+    return f"{models_prefix(job)}{sha256}{copy and f'-{copy}'}.safetensors"
+
+
+def updates_prefix(job: str) -> str:
+    return f"{job_prefix(job)}updates/"
 
 
 def update_key(job: str, site: str, update_id: str) -> str:
-    return f"{job_prefix(job)}updates/{site}/{update_id}.safetensors"
+    return f"{updates_prefix(job)}{site}/{update_id}.safetensors"
 
 
 def rejected_prefix(job: str) -> str:

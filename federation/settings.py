@@ -23,6 +23,7 @@ from pydantic_settings import (
 from federation.base import describe
 from federation.errors import BadSettings
 from federation.ids import Name
+from federation.jobs import MAX_VERSION
 
 ENV_PREFIX = "FEDQUEUE_"
 CONFIG_ENV = "FEDQUEUE_CONFIG"
@@ -85,6 +86,19 @@ class Settings(BaseSettings):
     eval_images: Path | None = Field(default=None, description="folder of the held-out images")
     task_time_limit_s: int = Field(
         default=600, ge=10, le=1500, description="seconds; below the broker's 30-minute consumer timeout"
+    )
+    gc_every_s: Seconds = Field(
+        default=3600.0,
+        description="seconds between looks at all jobs, which remove what is needed no more (docs/operations.md)",
+    )
+    gc_grace_s: float = Field(
+        default=7 * 86_400.0,
+        ge=7200,
+        le=3650 * 86_400,
+        description="seconds that an object stays after it was last needed",
+    )
+    keep_versions: int = Field(
+        default=20, ge=1, le=MAX_VERSION, description="newest model versions of a job that always stay"
     )
     delivery_limit: int = Field(
         default=20,

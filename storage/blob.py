@@ -12,6 +12,7 @@ Every implementation passes tests/contract/test_blobstore.py. Behaviour that all
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Protocol
 
@@ -36,6 +37,10 @@ class BlobStore(Protocol):
 
     def size(self, key: str) -> int:
         """Bytes of the object. Raises NotFound."""
+        ...
+
+    def modified(self, key: str) -> datetime:
+        """When the object was last written, by the store's clock (UTC). Raises NotFound."""
         ...
 
     def put(self, key: str, data: bytes | bytearray | memoryview) -> None:

@@ -12,9 +12,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from federation.errors import AccessDenied, BadPayload, NotFound, StoreUnavailable, UnsafeStore
+from federation.points import Point, reach
 from storage.files import (
     CHUNK_BYTES,
     TEMPORARY_MARK,
@@ -74,6 +76,13 @@ class FolderStore:
                 raise IsADirectoryError(key)
             return path.stat().st_size
 
+    def modified(self, key: str) -> datetime:
+        with _reading(key):
+            path = self._path(key)
+            if path.is_dir():
+                raise IsADirectoryError(key)
+            return datetime.fromtimestamp(path.stat().st_mtime, UTC)
+
     def put(self, key: str, data: Buffer) -> None:
         path = self._path(key)
         with self._new_file(path, data) as temporary:
@@ -86,8 +95,10 @@ class FolderStore:
                 sync_folder(path.parent)
                 return False
         with self._new_file(path, data) as temporary:
+            reach(Point.FILE_WRITTEN)
             try:
                 os.link(temporary, path)
+                reach(Point.FILE_NAMED)
             except FileExistsError:
                 return False
             return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import TypeVar
 
 from federation import keys
@@ -11,6 +12,7 @@ from federation.errors import AccessDenied, CorruptLog, NotFound, Rejected
 from federation.jobs import Job
 from federation.types import DeadLetter, Evaluation, Refusal
 from storage.blob import BlobStore
+from storage.reading import confirm
 
 V = TypeVar("V", bound=Value)
 
@@ -38,20 +40,25 @@ def load_job(store: BlobStore, job_id: str) -> Job:
 
 def list_jobs(store: BlobStore) -> list[str]:
     """The ids of all jobs, sorted. Takes one listing per job, however much each has stored."""
-    found: list[str] = []
+    return sorted(job_id for job_id in job_ids(store) if _has_job(store, job_id))
+
+
+def job_ids(store: BlobStore) -> Iterator[str]:
+    """Every name below jobs/, also of a job that was not made (yet), whose models are uploaded."""
     after = ""
-    while True:
-        key = next(iter(store.list(keys.JOBS_PREFIX, start_after=after)), None)
-        if key is None:
-            return sorted(found)
-        job_id = key.removeprefix(keys.JOBS_PREFIX).split("/", 1)[0]
-        try:
-            store.size(keys.job_key(job_id))
-            found.append(job_id)
-        except NotFound:
-            pass  # models were uploaded, the job was not made (yet)
+    while key := next(iter(store.list(keys.JOBS_PREFIX, start_after=after)), None):
+        job_id = key.removeprefix(keys.JOBS_PREFIX).partition("/")[0]
+        yield job_id
         # "0" comes right after "/", so this skips all that lies below the job and nothing else
         after = f"{keys.JOBS_PREFIX}{job_id}0"
+
+
+def _has_job(store: BlobStore, job_id: str) -> bool:
+    try:
+        store.size(keys.job_key(job_id))
+    except NotFound:
+        return False
+    return True
 
 
 def save_evaluation(store: BlobStore, evaluation: Evaluation) -> None:
@@ -85,18 +92,90 @@ def list_refusals(store: BlobStore, job_id: str) -> Iterator[Refusal]:
         yield _load(store, key, Refusal)
 
 
+# A dead letter has a little log of its own, appended by put-if-absent: `<id>.json`, `<id>.1.json`, `<id>.2.json` …
+# Each record is the whole letter, and the newest counts:
+#     failed -> requeue began -> requeued -> failed again …
+# "Began" comes before the message is sent, and "requeued" after it only as the very next record. So whatever
+# fails again, as soon as it may, is a record of its own and is never hidden by a requeue that came before it.
+
+
 def save_dead_letter(store: BlobStore, letter: DeadLetter) -> None:
-    """Keep a message that was no update; saving the same again changes nothing."""
-    store.put_if_absent(keys.deadletter_key(letter.id), letter.to_json())
+    """Keep a message that nobody could handle. If the same one waits already, nothing changes."""
+    while True:
+        number = _newest_letters(store, letter.id).get(letter.id, -1)
+        try:
+            if number >= 0 and _load_letter(store, letter.id, number).requeue_began_at is None:
+                return
+        except NotFound:
+            continue  # an operator deleted it meanwhile
+        except CorruptLog:
+            pass  # a record that nobody can read must not hide a message that failed
+        if store.put_if_absent(_letter_key(letter.id, number + 1), letter.to_json()):
+            return
+
+
+def load_dead_letter(store: BlobStore, letter_id: str) -> DeadLetter:
+    """The newest record of a letter, requeued or not. Raises NotFound."""
+    return _newest_letter(store, letter_id)[1]
 
 
 def list_dead_letters(store: BlobStore) -> Iterator[DeadLetter]:
-    for key in store.list(keys.DEADLETTERS_PREFIX):
-        yield _load(store, key, DeadLetter)
+    """The letters that wait: all but those that were requeued and have not failed again. By id."""
+    for letter_id, number in sorted(_newest_letters(store).items()):
+        letter = _load_letter(store, letter_id, number)
+        if letter.requeued_at is None:
+            yield letter
+
+
+def begin_requeue(store: BlobStore, letter_id: str) -> tuple[int, DeadLetter]:
+    """Call before the message is sent again. Returns what `finish_requeue` needs. Raises NotFound.
+
+    A requeue that began and never finished is taken over: the letter waits until one has finished.
+    """
+    while True:
+        number, letter = _newest_letter(store, letter_id)
+        if letter.requeue_began_at is not None and letter.requeued_at is None:
+            return number, letter
+        began = letter.model_copy(update={"requeue_began_at": datetime.now(UTC), "requeued_at": None})
+        store.put_if_absent(_letter_key(letter_id, number + 1), began.to_json())
+
+
+def finish_requeue(store: BlobStore, number: int, letter: DeadLetter) -> None:
+    """Call when the broker has the message. Changes nothing if it has failed again already."""
+    requeued = letter.model_copy(update={"requeued_at": datetime.now(UTC)})
+    store.put_if_absent(_letter_key(letter.id, number + 1), requeued.to_json())
+
+
+def _newest_letter(store: BlobStore, letter_id: str) -> tuple[int, DeadLetter]:
+    numbers = _newest_letters(store, letter_id)
+    if letter_id not in numbers:
+        raise NotFound(f"there is no dead letter {letter_id}")
+    return numbers[letter_id], _load_letter(store, letter_id, numbers[letter_id])
+
+
+def _newest_letters(store: BlobStore, letter_id: str = "") -> dict[str, int]:
+    """The number of the newest record of each letter, or of one."""
+    newest: dict[str, int] = {}
+    for key in store.list(f"{keys.DEADLETTERS_PREFIX}{letter_id}"):
+        found, _, number = key.removeprefix(keys.DEADLETTERS_PREFIX).removesuffix(".json").partition(".")
+        if number and not (number.isascii() and number.isdigit()):
+            raise CorruptLog(f"{key} is not the key of a dead letter: move it out of this prefix")
+        newest[found] = max(newest.get(found, 0), int(number or 0))
+    return newest
+
+
+def _load_letter(store: BlobStore, letter_id: str, number: int) -> DeadLetter:
+    return _load(store, _letter_key(letter_id, number), DeadLetter)
+
+
+def _letter_key(letter_id: str, number: int) -> str:
+    return keys.deadletter_key(f"{letter_id}.{number}" if number else letter_id)
 
 
 def _load(store: BlobStore, key: str, kind: type[V]) -> V:
+    data = store.get(key, max_bytes=MAX_OBJECT_BYTES)
     try:
-        return kind.from_json(store.get(key, max_bytes=MAX_OBJECT_BYTES))
+        return kind.from_json(data)
     except Rejected as exc:
+        confirm(store, key, data, MAX_OBJECT_BYTES)
         raise CorruptLog(f"{key}: {exc}") from exc

@@ -33,8 +33,19 @@ from federation.errors import (
     StoreUnavailable,
 )
 from federation.keys import log_key, log_prefix, log_seq
-from federation.types import Accepted, Created, Event, Head, LogRecord, ModelVersion, Published, Refused
+from federation.types import (
+    Accepted,
+    Created,
+    Event,
+    Head,
+    LogRecord,
+    ModelVersion,
+    Published,
+    Refusal,
+    Refused,
+)
 from storage.blob import BlobStore
+from storage.reading import confirm
 
 MAX_RECORD_BYTES = 64 << 20
 """No larger record is read, so none is written either."""
@@ -63,6 +74,10 @@ class VersionLog:
         self._clock, self._nonce = clock, nonce
         self._newest: LogRecord | None = None
         self._unproven: LogRecord | None = None  # sent, with no answer that proves anything
+        self._index: dict[
+            bytes, int
+        ] = {}  # update id -> newest record that names it, of those before _indexed
+        self._indexed = 0
 
     def create(self, head: Head) -> LogRecord:
         """Begin the log with `head` and return its newest record; beginning it again with the same is harmless.
@@ -110,34 +125,41 @@ class VersionLog:
         return list(self.history(after_seq + 1))
 
     def find(self, update_id: str) -> LogRecord | None:
-        """The newest record whose event names the update: reads the log backwards, so use it rarely."""
-        for seq in range(self.head().seq, -1, -1):
-            record = self._get(seq)
-            if update_id in named(record.event):
-                return record
-        return None
+        """The newest record whose event names the update, or None.
+
+        The first call reads the whole log, a later one what is new since; some hundred bytes are kept per update.
+        """
+        for record in self.history(self._indexed):
+            self._add_to_index(record)
+        seq = self._index.get(uuid.UUID(update_id).bytes)
+        return None if seq is None else self._get(seq)
 
     def version(self, version: int) -> ModelVersion:
         """A stored model version by its number.
 
         Raises NotFound if it was never stored: one publish may advance the number by more than one.
         """
+        record = self.first_at(version)
+        if record.head.version != version:
+            raise NotFound(
+                f"job {self._job!r} has no stored version {version}; the newest is {self.head().head.version}"
+            )
+        return record.head.current
+
+    def first_at(self, version: int) -> LogRecord:
+        """The first record whose head has reached `version`, or the newest if none has. Reads few of them.
+
+        No record before it can name an update that started from `version`.
+        """
         newest = self.head()
-        if newest.head.version == version:
-            return newest.head.current
-        low, high = 0, newest.seq  # versions never fall along the log: bisect for the first that reaches it
+        low, high = 0, newest.seq  # versions never fall along the log
         while low < high:
             middle = (low + high) // 2
             if self._get(middle).head.version < version:
                 low = middle + 1
             else:
                 high = middle
-        current = self._get(low).head.current
-        if current.version != version:
-            raise NotFound(
-                f"job {self._job!r} has no stored version {version}; the newest is {newest.head.version}"
-            )
-        return current
+        return newest if low == newest.seq else self._get(low)
 
     def _commit(self, seq: int, event: Event, head: Head) -> LogRecord:
         record = self._unproven
@@ -152,18 +174,22 @@ class VersionLog:
                 "can be read: too many updates are pending or remembered (aggregation.max_pending, max_staleness)"
             )
         self._unproven = record
-        if not self._store.put_if_absent(log_key(self._job, seq), data):
-            try:
-                present = self._get(seq)
-            except NotFound as exc:  # refused because of an object that is not there: the store is not itself
-                raise StoreUnavailable(f"log record {seq} of job {self._job!r} is there and is not") from exc
-            if present.nonce != record.nonce:
-                self._unproven = None
-                raise Conflict(f"log record {seq} of job {self._job!r} was appended by another writer")
+        if (
+            not self._store.put_if_absent(log_key(self._job, seq), data)
+            and self._get(seq).nonce != record.nonce
+        ):
+            self._unproven = None
+            raise Conflict(f"log record {seq} of job {self._job!r} was appended by another writer")
         self._unproven = None
         if self._newest is None or self._newest.seq < seq:
             self._newest = record
+        if self._indexed == seq > 0:
+            self._add_to_index(record)  # a worker that searches for each update need not read its own records
         return record
+
+    def _add_to_index(self, record: LogRecord) -> None:
+        self._index.update((uuid.UUID(known).bytes, record.seq) for known in named(record.event))
+        self._indexed = record.seq + 1
 
     def _sequence(self, after: int) -> Iterator[int]:
         """Sequence numbers above `after` that the store lists, each one more than the last, or CorruptLog."""
@@ -188,10 +214,14 @@ class VersionLog:
     def _get(self, seq: int) -> LogRecord:
         key = log_key(self._job, seq)
         try:
-            record = LogRecord.from_json(self._store.get(key, max_bytes=MAX_RECORD_BYTES))
+            data = self._store.get(key, max_bytes=MAX_RECORD_BYTES)
+            record = LogRecord.from_json(data)
+        except NotFound as exc:  # asked for only after a listing or a refused write has shown it
+            raise StoreUnavailable(f"{key} is there and is not") from exc
         except BadPayload as exc:
             raise CorruptLog(f"{key}: {exc}") from exc
         except Rejected as exc:
+            confirm(self._store, key, data, MAX_RECORD_BYTES)
             raise CorruptLog(f"{key} is no log record: {exc}") from exc
         if (record.job, record.seq) != (self._job, seq):
             raise CorruptLog(f"{key} says that it is record {record.seq} of job {record.job!r}")
@@ -209,3 +239,13 @@ def named(event: Event) -> set[str]:
             merged = {contribution.update.update_id for contribution in event.merged}
             return merged | {refusal.update.update_id for refusal in event.refused}
     return set()
+
+
+def refusals(event: Event) -> tuple[Refusal, ...]:
+    """The refusals that `event` tells."""
+    match event:
+        case Refused():
+            return (event.refusal,)
+        case Published():
+            return event.refused
+    return ()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 from federation.errors import BadPayload, NotFound
@@ -15,8 +16,11 @@ from storage.key_rules import check_key, check_prefix
 class MemoryStore:
     """BlobStore over a dict. Safe for threads."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> None:
+        """`clock`: what `modified` goes by."""
         self._objects: dict[str, bytes] = {}
+        self._modified: dict[str, datetime] = {}
+        self._clock = clock
         self._lock = threading.Lock()
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
@@ -33,15 +37,21 @@ class MemoryStore:
     def size(self, key: str) -> int:
         return len(self._find(key))
 
+    def modified(self, key: str) -> datetime:
+        self._find(key)
+        return self._modified[key]
+
     def put(self, key: str, data: Buffer) -> None:
         with self._lock:
             self._objects[check_key(key)] = bytes(data)
+            self._modified[key] = self._clock()
 
     def put_if_absent(self, key: str, data: Buffer) -> bool:
         with self._lock:
             if check_key(key) in self._objects:
                 return False
             self._objects[key] = bytes(data)
+            self._modified[key] = self._clock()
             return True
 
     def list(self, prefix: str, *, start_after: str = "") -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,24 +15,31 @@ from federation.layout import Layout
 from federation.types import ClientUpdate
 from storage.blob import BlobStore
 from storage.files import remove_stale
+from storage.reading import confirm
 from storage.tensors import TensorFile, decode, encode, from_arrays
 
 
-def save_model(store: BlobStore, job: str, file: TensorFile) -> ModelRef:
-    """Store a model under its digest; saving the same tensors again changes nothing. Raises StoreUnavailable."""
+def save_model(store: BlobStore, job: str, file: TensorFile, *, own: bool = False) -> ModelRef:
+    """Store a model under its digest; saving the same tensors again changes nothing. Raises StoreUnavailable.
+
+    own: under a name that nothing had before and nothing will have again. What lies under the plain name may be
+    what a worker left behind that died long ago; retention may be about to delete it, or somebody who was
+    stopped in the middle of that may delete whatever has that name later.
+    """
     data = encode(file)
     digest = hashlib.sha256(data).hexdigest()
-    ref = ModelRef(key=model_key(job, digest), sha256=digest, nbytes=len(data))
-    if not store.put_if_absent(ref.key, data) and store.size(ref.key) != ref.nbytes:
+    key = model_key(job, digest, uuid.uuid4().hex[:16] if own else "")
+    ref = ModelRef(key=key, sha256=digest, nbytes=len(data))
+    if store.put_if_absent(ref.key, data):
+        return ref
+    if store.size(ref.key) != ref.nbytes:
         raise CorruptLog(f"{ref.key} has not the size of its content: delete it and run this again")
     return ref
 
 
 def load_model(store: BlobStore, ref: ModelRef, expected: Layout | None = None) -> TensorFile:
     """Read a model. Raises NotFound; BadPayload ("too-large" | "wrong-size" | "wrong-digest" | as decode)."""
-    data = store.get(ref.key, max_bytes=ref.nbytes)
-    _verify(ref.key, data, ref.nbytes, ref.sha256)
-    return decode(data, expected)
+    return decode(_read_verified(store, ref.key, ref.nbytes, ref.sha256), expected)
 
 
 def load_full_model(store: BlobStore, job: Job, ref: ModelRef) -> TensorFile:
@@ -39,7 +47,13 @@ def load_full_model(store: BlobStore, job: Job, ref: ModelRef) -> TensorFile:
 
     Raises NotFound, BadPayload.
     """
-    version = load_model(store, ref)
+    try:
+        version = load_model(store, ref)
+    except NotFound as exc:
+        raise NotFound(
+            f"{exc}: if retention has removed this version, "
+            f"`fedqueue replay {job.id} --to VERSION --out FILE` makes it again"
+        ) from exc
     initial = load_model(store, job.initial)
     if version.layout == initial.layout:
         return version
@@ -60,19 +74,22 @@ def load_payload(store: BlobStore, update: ClientUpdate, layout: Layout, max_byt
         nbytes = store.size(key)
         if nbytes != update.payload_bytes:
             raise BadPayload(f"{key} has {nbytes} bytes, declared are {update.payload_bytes}", "wrong-size")
-        data = store.get(key, max_bytes=update.payload_bytes)
+        data = _read_verified(store, key, update.payload_bytes, update.payload_sha256)
     except NotFound as exc:
         raise BadPayload(f"{key} is not in the store: upload before publishing", "missing-payload") from exc
-    _verify(key, data, update.payload_bytes, update.payload_sha256)
     return decode(data, layout)
 
 
-def _verify(key: str, data: bytes, nbytes: int, sha256: str) -> None:
+def _read_verified(store: BlobStore, key: str, nbytes: int, sha256: str) -> bytes:
+    """The object, if size and digest are as declared. Raises NotFound, BadPayload, StoreUnavailable."""
+    data = store.get(key, max_bytes=nbytes)
+    digest = hashlib.sha256(data).hexdigest()
+    if len(data) == nbytes and digest == sha256:
+        return data
+    confirm(store, key, data, nbytes)
     if len(data) != nbytes:
         raise BadPayload(f"{key} has {len(data)} bytes, declared are {nbytes}", "wrong-size")
-    digest = hashlib.sha256(data).hexdigest()
-    if digest != sha256:
-        raise BadPayload(f"{key} has sha256 {digest}, declared is {sha256}", "wrong-digest")
+    raise BadPayload(f"{key} has sha256 {digest}, declared is {sha256}", "wrong-digest")
 
 
 @dataclass(frozen=True)

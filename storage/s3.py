@@ -16,6 +16,7 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -102,6 +103,9 @@ class S3Store:
 
     def size(self, key: str) -> int:
         return self._send(f"head {check_key(key)}", partial(self._size, key))
+
+    def modified(self, key: str) -> datetime:
+        return self._send(f"head {check_key(key)}", partial(self._modified, key))
 
     def put(self, key: str, data: Buffer) -> None:
         self._send(f"put {check_key(key)}", partial(self._put, key, data))
@@ -192,6 +196,12 @@ class S3Store:
 
     def _size(self, key: str) -> int:
         return self._client().stat_object(self._bucket, key).size or 0
+
+    def _modified(self, key: str) -> datetime:
+        when = self._client().stat_object(self._bucket, key).last_modified
+        if when is None:
+            raise StoreUnavailable(f"head {key}: the server does not say when the object was written")
+        return when.astimezone(UTC)
 
     def _visible(self, key: str) -> bool:
         try:

@@ -13,8 +13,10 @@ from typing import Any
 from aggregator import decide, transitions
 from federation.errors import Conflict, NotFound
 from federation.jobs import Job
+from federation.points import Point, reach
 from federation.types import Accepted, ClientUpdate, Head, LogRecord, Refusal, Refused
 from storage.jobs import save_refusal
+from storage.log import refusals
 from tasks import celery
 from tasks.context import Context, current
 from tasks.deadletters import keep_update
@@ -22,6 +24,9 @@ from tasks.publish import publish_pending
 from tasks.tell import tell_refused
 
 log = logging.getLogger("fedqueue.accept")
+
+ASK_AGAIN_EVERY = 16
+"""Pending updates."""
 
 
 @celery.task(celery.ACCEPT)
@@ -47,8 +52,19 @@ def accept(context: Context, update: ClientUpdate) -> None:
         except Conflict:
             continue  # somebody else's record came first; it may change the decision
         break
-    if decide.wants_publish(job.spec, head):
+    if _asks(job, record.head, head):
         context.send(celery.PUBLISH, {"job": job.id})
+        reach(Point.PUBLISH_ASKED)
+
+
+def _asks(job: Job, before: Head, head: Head) -> bool:
+    """True if this update has to ask for a publish: the first that makes one wanted, for the publish looks
+    again when it ends; a duplicate, whose first delivery may have died before it asked; and now and then one
+    more, because a request can be lost with the broker's disk."""
+    if not decide.wants_publish(job.spec, head):
+        return False
+    first = not decide.wants_publish(job.spec, before)
+    return first or head is before or len(head.pending) % ASK_AGAIN_EVERY == 0
 
 
 def _is_full(job: Job, head: Head) -> bool:
@@ -60,32 +76,45 @@ def _decide_and_append(context: Context, job: Job, record: LogRecord, update: Cl
     """Returns the head that holds the decision. Raises Conflict."""
     versions = context.log(job.id)
     decision = decide.decide(job, record.head, update)
+    if isinstance(decision, decide.Duplicate):
+        log.info("%s: %s of %s is a duplicate", job.id, update.update_id, update.site)
+        if decision.reason is not None:
+            _after_refusal(context, versions.find(update.update_id), update)
+        return record.head
+    if decision.maybe_forgotten and (known := versions.find(update.update_id)) is not None:
+        log.info("%s: %s of %s is a late duplicate", job.id, update.update_id, update.site)
+        _after_refusal(context, known, update)
+        return record.head
     if isinstance(decision, decide.Accept):
         refusal = _missing_payload(context, record.head, update)
         if refusal is None:
-            event = Accepted(contribution=decision.contribution)
-            head = transitions.accept(record.head, decision.contribution)
+            accepted = decision.contribution
+            event = Accepted(contribution=accepted)
+            head = versions.append(record, event, transitions.accept(record.head, accepted)).head
             log.info(
                 "%s: accepted %s of %s, base %d, staleness %d, weight %.4f",
                 *(job.id, update.update_id, update.site, update.base_version),
-                *(decision.contribution.staleness, decision.contribution.weight),
+                *(accepted.staleness, accepted.weight),
             )
-            return versions.append(record, event, head).head
-    elif isinstance(decision, decide.Duplicate):
-        log.info("%s: %s of %s is a duplicate", job.id, update.update_id, update.site)
-        return record.head
+            reach(Point.ACCEPTED)
+            return head
     else:
         refusal = decision.refusal
-        # The ids of updates as old as this one may be forgotten, so only the whole log knows if it was merged.
-        forgotten = isinstance(decision, decide.TooStale) and decision.maybe_forgotten
-        if forgotten and versions.find(update.update_id) is not None:
-            log.info("%s: %s of %s is a late duplicate", job.id, update.update_id, update.site)
-            return record.head
-    head = versions.append(record, Refused(refusal=refusal), transitions.refuse(record.head, refusal)).head
+    head = transitions.refuse(job.spec, record.head, refusal)
+    appended = versions.append(record, Refused(refusal=refusal), head)
     log.warning("%s: refused %s of %s: %s", job.id, update.update_id, update.site, refusal.message)
-    save_refusal(context.store, refusal)
-    tell_refused(context, refusal)
-    return head
+    reach(Point.REFUSED)
+    _after_refusal(context, appended, update)
+    return appended.head
+
+
+def _after_refusal(context: Context, record: LogRecord | None, update: ClientUpdate) -> None:
+    """What follows from a refusal in the log. Repeated when the update is delivered again: the worker that
+    recorded it may have died before this."""
+    for refusal in refusals(record.event) if record else ():
+        if refusal.update.update_id == update.update_id:
+            save_refusal(context.store, refusal)
+            tell_refused(context, refusal)
 
 
 def _missing_payload(context: Context, head: Head, update: ClientUpdate) -> Refusal | None:

@@ -36,19 +36,28 @@ PUBLISH = "fedqueue.publish_version"
 EVALUATE = "fedqueue.evaluate_version"
 CREATE_JOB = "fedqueue.create_job"
 KEEP_DEAD_LETTER = "fedqueue.keep_dead_letter"
+TEND_JOBS = "fedqueue.tend_jobs"
 
 ROUTING_KEYS = {
     ACCEPT: "merge.accept_update",
     PUBLISH: "merge.publish_version",
     CREATE_JOB: "merge.create_job",
     KEEP_DEAD_LETTER: "merge.keep_dead_letter",
+    TEND_JOBS: "merge.tend_jobs",
     EVALUATE: "evaluate.evaluate_version",
 }
 TASK_TYPE = "fedqueue.task.v1"
 
 app = Celery("fedqueue")
 app.config_from_object("celeryconfig")
-app.conf.include = ["tasks.accept", "tasks.publish", "tasks.evaluate", "tasks.jobs", "tasks.deadletters"]
+app.conf.include = [
+    "tasks.accept",
+    "tasks.publish",
+    "tasks.evaluate",
+    "tasks.jobs",
+    "tasks.deadletters",
+    "tasks.retention",
+]
 
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 15.0

@@ -15,6 +15,7 @@ from broker import topology
 from broker.open import connect, declare
 from broker.port import Handler
 from federation.errors import FedqueueError, Transient
+from federation.points import Point, reach
 from federation.settings import Settings
 from federation.wire import Delivery, Message
 from storage.liveness import open_liveness
@@ -63,6 +64,7 @@ def _serve(settings: Settings, queues: Sequence[str], stop: Callable[[], bool]) 
     install(context)
     handlers: dict[str, Handler] = {name: task_handler(broker.publish) for name in queues}
     if topology.MERGE in queues:
+        stop = ingress.ticking(stop, context.send, settings.gc_every_s)
         gate = ingress.Ingress(broker, open_liveness(settings), context.send, settings.heartbeat_ttl_s)
         handlers |= dict.fromkeys(ingress.QUEUES, gate.handle)
     try:
@@ -89,5 +91,6 @@ def task_handler(publish: Callable[[str, Message], None]) -> Handler:
                 routing_key=delivery.routing_key, body=letter.to_json(), type=ingress.DEAD_LETTER_TYPE
             )
             publish(topology.DEAD_EXCHANGE, message)
+            reach(Point.LETTER_SENT)
 
     return handle

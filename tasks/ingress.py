@@ -8,27 +8,35 @@ own. It publishes first, with confirm, and only then acknowledges; a crash in be
     fed.updates      good: task accept_update.   bad: a DeadLetter on the exchange fed.dead
     fed.heartbeats   good: liveness.             bad, or liveness down: dropped, the next one comes in seconds
     fed.dead         task keep_dead_letter, which brings it to the store
+
+It is also the server's clock, because it runs always and in both modes: `ticking` asks for task tend_jobs.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import random
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from broker import topology
 from broker.port import Broker
 from federation.errors import BadMessage, Transient
+from federation.points import Point, reach
 from federation.wire import Delivery, Message, decode_heartbeat, decode_update
 from storage.liveness import Liveness
-from tasks.celery import ACCEPT, KEEP_DEAD_LETTER, Send
+from tasks.celery import ACCEPT, KEEP_DEAD_LETTER, TEND_JOBS, Send
 from tasks.deadletters import dead_letter
 
 log = logging.getLogger("fedqueue.ingress")
 
 DEAD_LETTER_TYPE = "fedqueue.deadletter.v1"
 QUEUES = (topology.UPDATES, topology.HEARTBEATS, topology.DEAD)
+
+FIRST_TICK_S = 60.0
+"""At most: what a broker lost with its disk is asked for again soon after the restart that this takes."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +58,7 @@ class Ingress:
             self._heartbeat(delivery)
         elif delivery.queue == topology.DEAD:
             self.send(KEEP_DEAD_LETTER, {"letter": _letter_json(delivery)})
+            reach(Point.LETTER_PASSED)
         else:
             self._update(delivery)
 
@@ -61,8 +70,10 @@ class Ingress:
             letter = dead_letter(delivery, exc.reason, str(exc))
             message = Message(routing_key=delivery.routing_key, body=letter.to_json(), type=DEAD_LETTER_TYPE)
             self.broker.publish(topology.DEAD_EXCHANGE, message)
+            reach(Point.LETTER_SENT)
         else:
             self.send(ACCEPT, {"update": update.to_json().decode()})
+            reach(Point.TASK_SENT)
 
     def _heartbeat(self, delivery: Delivery) -> None:
         try:
@@ -71,6 +82,34 @@ class Ingress:
             log.warning("%s: heartbeat dropped: %s", delivery.routing_key, exc)
         except Transient as exc:
             log.warning("heartbeat dropped, liveness is down: %s", exc)
+
+
+def ticking(
+    stop: Callable[[], bool],
+    send: Send,
+    every_s: float,
+    clock: Callable[[], float] = time.monotonic,
+) -> Callable[[], bool]:
+    """`stop`, which a consumer asks about once a second, made to ask for tend_jobs whenever that is due.
+
+    The times are jittered, so that several ingresses that start at once do not ask at once; that they all ask is
+    harmless. While the broker is down it is tried again, some seconds apart.
+    """
+    retry_s = min(FIRST_TICK_S, every_s)
+    due = clock() + random.uniform(0.5, 1.0) * retry_s
+
+    def tick() -> bool:
+        nonlocal due
+        if clock() >= due:
+            try:
+                send(TEND_JOBS, {})
+                due = clock() + random.uniform(0.9, 1.1) * every_s
+            except Transient as exc:
+                log.warning("could not ask for %s: %s", TEND_JOBS, exc)
+                due = clock() + random.uniform(0.5, 1.0) * retry_s
+        return stop()
+
+    return tick
 
 
 def _letter_json(delivery: Delivery) -> str:

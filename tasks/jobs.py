@@ -13,6 +13,7 @@ from typing import Any
 
 from federation.errors import BadJob, BadPayload, NotFound
 from federation.jobs import Job, JobSpec, ModelRef
+from federation.points import Point, reach
 from federation.types import Head, ModelVersion
 from storage.jobs import load_job, save_job
 from storage.models import load_model
@@ -56,6 +57,7 @@ def create(context: Context, spec: JobSpec, initial: ModelRef, first: ModelRef) 
         if (existing.spec, existing.initial) != (spec, initial):
             raise BadJob(f"there is another job {spec.id!r}: choose another id")
         job = existing
+    reach(Point.JOB_WRITTEN)
     record = context.log(spec.id).create(Head(current=ModelVersion(version=0, model=first)))
     log.info("%s: created, %d tensors, %d bytes per update", job.id, len(exchanged.tensors), first.nbytes)
     if spec.evaluation.every and record.head.version == 0:

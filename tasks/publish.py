@@ -15,10 +15,21 @@ import numpy as np
 
 from aggregator import decide, transitions
 from aggregator.merge import Merge
-from federation.errors import BadPayload, Conflict
+from federation.errors import BadPayload, Conflict, CorruptLog, NotFound
 from federation.jobs import Job
-from federation.types import ClientUpdate, Contribution, Head, LogRecord, ModelVersion, Published, Refusal
+from federation.points import Point, reach
+from federation.types import (
+    ClientUpdate,
+    Collected,
+    Contribution,
+    Head,
+    LogRecord,
+    ModelVersion,
+    Published,
+    Refusal,
+)
 from storage.jobs import save_refusal
+from storage.log import VersionLog
 from storage.models import load_model, load_payload, save_model
 from storage.tensors import TensorFile
 from tasks import celery
@@ -40,6 +51,7 @@ def publish_version(self: Any, job: str) -> None:
         record = context.log(job).head()
         if isinstance(record.event, Published):
             _after(context, the_job, record)
+    reach(Point.TOLD)
 
 
 @dataclass(frozen=True)
@@ -54,14 +66,21 @@ class _Folded:
 def publish_pending(context: Context, job: Job) -> LogRecord | None:
     """Returns the record that was appended, or None if there was nothing to publish.
 
-    Raises Transient if the store does not answer; nothing has happened then.
+    Raises Transient if the store does not answer, CorruptLog if the newest version is not in it; nothing has
+    happened then.
     """
     versions = context.log(job.id)
     record = versions.head()
     base = record.head.current
     if not decide.wants_publish(job.spec, record.head):
         return None
-    folded = _fold(context, job, record.head)
+    try:
+        folded = _fold(context, job, record.head)
+    except NotFound as exc:
+        if versions.head().head.current == base:
+            raise CorruptLog(f"{job.id}: version {base.version}: {exc}: restore it from a backup") from exc
+        log.info("%s: version %d was superseded and collected meanwhile, again", job.id, base.version)
+        return publish_pending(context, job)
     while True:
         event = Published(merged=folded.merged, refused=folded.refused)
         if not transitions.still_applies(record.head, event, base):
@@ -71,14 +90,28 @@ def publish_pending(context: Context, job: Job) -> LogRecord | None:
         try:
             record = versions.append(record, event, head)
         except Conflict:
-            record = versions.head()  # only accepts came in between? then the fold still holds
+            since, record = record, versions.head()  # only accepts came in between? then the fold still holds
+            if _is_collected(versions, since, folded.current):
+                log.warning("%s: the model was stored so long ago that it was collected, again", job.id)
+                return publish_pending(context, job)
             continue
+        reach(Point.PUBLISHED)
         _after(context, job, record)
         return record
 
 
+def _is_collected(versions: VersionLog, since: LogRecord, stored: ModelVersion) -> bool:
+    """True if retention has taken what `stored` consists of for leftovers, in a record after `since`."""
+    keys = {ref.key for ref in (stored.model, stored.server_state) if ref is not None}
+    events = (record.event for record in versions.follow(since.seq))
+    return any(isinstance(event, Collected) and keys.intersection(event.keys) for event in events)
+
+
 def _fold(context: Context, job: Job, head: Head) -> _Folded:
-    """Stream pending payloads into the model, one in memory at a time, and store the result."""
+    """Stream pending payloads into the model, one in memory at a time, and store the result.
+
+    Raises NotFound if the model is not there: retention may remove it once another one has followed.
+    """
     model = load_model(context.store, head.current.model)
     layout = model.layout
     flat, ints = np.array(model.flat), np.array(model.ints)  # writable; the file's bytes can go
@@ -100,11 +133,13 @@ def _fold(context: Context, job: Job, head: Head) -> _Folded:
     result = merge.finish()
     if not result.merged:
         return _Folded((), tuple(refused), head.current)
+    reach(Point.FOLDED)
     current_version = ModelVersion(
         version=result.version,
-        model=save_model(context.store, job.id, TensorFile(layout, flat, ints)),
+        model=save_model(context.store, job.id, TensorFile(layout, flat, ints), own=True),
         server_state=save_state(context.store, job, result.state),
     )
+    reach(Point.MODEL_STORED)
     return _Folded(result.merged, tuple(refused), current_version)
 
 

@@ -24,4 +24,4 @@ def save_state(store: BlobStore, job: Job, state: OptimizerState | None) -> Mode
     if state is None:
         return None
     arrays = {"m": state.m} if state.v is None else {"m": state.m, "v": state.v}
-    return save_model(store, job.id, from_arrays(arrays))
+    return save_model(store, job.id, from_arrays(arrays), own=True)

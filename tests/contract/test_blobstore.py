@@ -1,4 +1,4 @@
-"""What every BlobStore promises (storage/blob.py), on memory, a folder and a real S3 server."""
+"""What every BlobStore promises (storage/blob.py), on memory, a folder and a real S3 server, bare and wrapped."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Protocol
@@ -29,10 +30,12 @@ from federation.errors import (
     StoreUnavailable,
     UnsafeStore,
 )
+from federation.faults import Scripted
 from federation.keys import PROBE_PREFIX
 from federation.settings import Settings
 from storage import s3
 from storage.blob import BlobStore
+from storage.faulty import FaultyStore
 from storage.folder import FolderStore
 from storage.memory import MemoryStore
 from storage.open import create_bucket, open_store
@@ -60,13 +63,19 @@ def new_s3(server: Rgw) -> BlobStore:
     return open_store(settings)
 
 
-@pytest.fixture(params=["memory", "folder", pytest.param("s3", marks=pytest.mark.s3)])
+@pytest.fixture(
+    params=["memory", "folder", pytest.param("s3", marks=pytest.mark.s3), "faulty memory", "faulty folder"]
+)
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
-    if request.param == "memory":
-        return MemoryStore()
-    if request.param == "folder":
-        return FolderStore(tmp_path / "store")
-    return new_s3(request.getfixturevalue("s3_server"))
+    made: BlobStore
+    wrapper, _, kind = request.param.rpartition(" ")
+    if kind == "memory":
+        made = MemoryStore()
+    elif kind == "folder":
+        made = FolderStore(tmp_path / "store")
+    else:
+        made = new_s3(request.getfixturevalue("s3_server"))
+    return FaultyStore(made, Scripted()) if wrapper else made
 
 
 def sha256(data: bytes) -> str:
@@ -119,6 +128,32 @@ def test_of_concurrent_writers_exactly_one_wins(store: BlobStore) -> None:
     assert sorted(itertools.chain(*wins)) == list(range(rounds))
     for n in range(rounds):
         assert store.get(f"race/{n}", max_bytes=10) == b"%d" % winner[n]
+
+
+def test_modified_is_the_time_of_the_last_write(store: BlobStore) -> None:
+    """By the store's clock, which is read through an object of its own; S3 tells whole seconds."""
+
+    def now() -> datetime:
+        store.put("clock", b"")
+        return store.modified("clock")
+
+    before = now()
+    store.put_if_absent("a/k", b"first")
+    first = store.modified("a/k")
+    assert first.utcoffset() == timedelta(0)
+    assert before <= first <= now()
+    deadline = time.monotonic() + 10
+    while now() <= first:
+        assert time.monotonic() < deadline, "the store's clock stands still"
+        time.sleep(0.05)
+    assert not store.put_if_absent("a/k", b"second")
+    assert store.modified("a/k") == first
+    store.put("a/k", b"third")
+    assert store.modified("a/k") > first
+    store.delete("a/k")
+    for gone in ("a/k", "a"):
+        with pytest.raises(NotFound):
+            store.modified(gone)
 
 
 def test_a_missing_object_is_not_found(store: BlobStore, tmp_path: Path) -> None:
@@ -221,11 +256,11 @@ def test_listing_is_in_byte_order_of_whole_keys(store: BlobStore) -> None:
     assert list(store.list("aa/", start_after="aa/b/c")) == ["aa/b/d", "aa/b0", "aa/c"]
 
 
-def test_listing_goes_on_beyond_a_page(store: BlobStore) -> None:
+def test_listing_goes_on_beyond_a_page(store: BlobStore, tmp_path: Path) -> None:
     keys = [f"log/{n:020d}.json" for n in range(1003)]
-    if isinstance(store, FolderStore):  # a thousand synced writes would test the disk only
+    if (root := tmp_path / "store").is_dir():  # a folder: a thousand synced writes would test the disk only
         store.put(keys[0], b"")
-        folder = store._root / "log"
+        folder = root / "log"
         for key in keys[1:]:
             (folder / key.removeprefix("log/")).touch()
     else:
@@ -355,6 +390,7 @@ def test_a_dead_server_is_store_unavailable(tmp_path: Path) -> None:
         lambda: store.get("k", max_bytes=1),
         lambda: store.get_to_file("k", tmp_path / "f", nbytes=1, sha256=sha256(b"1")),
         lambda: store.size("k"),
+        lambda: store.modified("k"),
         lambda: store.put("k", b"1"),
         lambda: store.put_if_absent("k", b"1"),
         lambda: store.delete("k"),

@@ -1,4 +1,4 @@
-"""What broker/port.py promises, over a real RabbitMQ node and over the embedded queue."""
+"""What broker/port.py promises, over a real RabbitMQ node and over the embedded queue, bare and wrapped."""
 
 from __future__ import annotations
 
@@ -6,17 +6,20 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from broker import topology
+from broker.faulty import FaultyBroker
 from broker.open import connect
 from broker.port import Broker
 from broker.rabbitmq import RabbitBroker
 from broker.sqlite import SqliteBroker
 from federation.errors import BadMessage, Transient
+from federation.faults import Scripted
 from federation.settings import Settings
 from federation.wire import Delivery, Message
 
@@ -33,6 +36,7 @@ class World:
     """One broker, empty, with two sites enrolled and a delivery limit of LIMIT."""
 
     url: str
+    wrapped: bool = False
     opened: list[Broker] = field(default_factory=list)
 
     def open(self) -> Broker:
@@ -43,6 +47,8 @@ class World:
             )
         else:
             broker = RabbitBroker(self.url, keep_open=True, requeue_backoff_s=QUICK)
+        if self.wrapped:
+            broker = FaultyBroker(broker, Scripted())
         self.opened.append(broker)
         return broker
 
@@ -67,17 +73,16 @@ arguments = sys.argv[3:]
 """
 
 
-@pytest.fixture(params=["sqlite", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq)])
+@pytest.fixture(params=["sqlite", pytest.param("rabbitmq", marks=pytest.mark.rabbitmq), "faulty sqlite"])
 def world(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[World]:
-    if request.param == "sqlite":
-        made = World(f"sqlite:{tmp_path}/queue.db")
-        broker = made.open()
-        assert isinstance(broker, SqliteBroker)
-        broker.declare(SITES)
-    else:
+    if request.param == "rabbitmq":
         server = request.getfixturevalue("rabbitmq_server")
         server.reset(LIMIT, SITES)
         made = World(server.url)
+    else:
+        made = World(f"sqlite:{tmp_path}/queue.db", wrapped=request.param.startswith("faulty"))
+        with closing(SqliteBroker(made.url[7:], delivery_limit=LIMIT)) as operator:
+            operator.declare(SITES)
     yield made
     for broker in made.opened:
         broker.close()

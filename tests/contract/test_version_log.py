@@ -213,6 +213,49 @@ def test_an_update_is_found_by_the_newest_record_that_names_it(store: BlobStore)
         record = log.append(record, event, head(1))
     found = {update_id: log.find(update_id) for update_id in (a, b, c, d)}
     assert {k: v and v.seq for k, v in found.items()} == {a: 4, b: 4, c: 3, d: None}
+    VersionLog(store, JOB).append(record, Refused(refusal=refusal(d)), head(1))
+    newest = log.find(d)
+    assert newest is not None, "what another process appended since the last search is found"
+    assert newest.seq == 5
+
+
+def test_a_search_reads_no_record_twice() -> None:
+    class Counting(MemoryStore):
+        reads = 0
+
+        def get(self, key: str, *, max_bytes: int) -> bytes:
+            self.reads += 1
+            return super().get(key, max_bytes=max_bytes)
+
+    store = Counting()
+    log = VersionLog(store, JOB)
+    record = log.create(head(0))
+    for _ in range(20):
+        record = log.append(record, Accepted(contribution=contribution(new_update_id())), head(0))
+    store.reads = 0
+    for _ in range(10):
+        assert log.find(new_update_id()) is None
+    assert store.reads == 21
+    mine = new_update_id()
+    record = log.append(record, Accepted(contribution=contribution(mine)), head(0))
+    assert log.find(new_update_id()) is None
+    assert store.reads == 21, "not even its own"
+    assert log.find(mine) == record
+
+
+def test_a_record_that_was_read_incompletely_is_no_corrupt_log() -> None:
+    class Garbling(MemoryStore):
+        garbled = False
+
+        def get(self, key: str, *, max_bytes: int) -> bytes:
+            data = super().get(key, max_bytes=max_bytes)
+            self.garbled = not self.garbled
+            return data[:-5] if self.garbled else data
+
+    store = Garbling()
+    VersionLog(store, JOB).create(head(0))
+    with pytest.raises(StoreUnavailable, match="incompletely"):
+        VersionLog(store, JOB).head()
 
 
 def test_a_stored_version_is_found_by_its_number(store: BlobStore) -> None:
@@ -225,6 +268,8 @@ def test_a_stored_version_is_found_by_its_number(store: BlobStore) -> None:
     for version in (2, 3, 5, 7):
         with pytest.raises(NotFound, match="no stored version"):
             log.version(version)
+    found = [log.first_at(version).seq for version in range(8)]
+    assert found == [0, 3, 5, 5, 5, 7, 7, 7], "the newest where none has reached it"
 
 
 # --- what a bad network does -------------------------------------------------------------------------------

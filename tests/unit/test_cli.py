@@ -26,12 +26,13 @@ ALL = dict(commands(typer.main.get_command(app)))
 
 
 def test_the_commands_of_the_documentation_are_there() -> None:
-    expected = "demo predict ingress worker settings"
+    expected = "demo predict ingress worker settings audit replay gc"
     assert {f"fedqueue {name}" for name in expected.split()} <= ALL.keys()
     for noun, verbs in {
         "site": "run list",
         "job": "create status history",
         "model": "list pull",
+        "deadletter": "list show requeue",
         "server": "init definitions bucket-policy",
     }.items():
         assert {f"fedqueue {noun} {verb}" for verb in verbs.split()} <= ALL.keys()

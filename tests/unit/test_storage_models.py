@@ -78,6 +78,16 @@ def test_a_model_is_stored_under_its_digest_once() -> None:
         load_model(store, ref, model(more=1).layout)
 
 
+def test_a_model_of_ones_own_has_a_name_of_its_own() -> None:
+    store, file = MemoryStore(), model()
+    refs = [save_model(store, "job", file), *(save_model(store, "job", file, own=True) for _ in range(3))]
+    assert len({ref.key for ref in refs}) == 4
+    assert len({(ref.sha256, ref.nbytes) for ref in refs}) == 1
+    for ref in refs[:3]:
+        store.delete(ref.key)
+    assert load_model(store, refs[3]).flat.tolist() == file.flat.tolist()
+
+
 def test_a_model_that_was_tampered_with_is_noticed() -> None:
     store = MemoryStore()
     ref = save_model(store, "job", model(1.0))
@@ -109,6 +119,9 @@ def test_a_full_model_takes_what_is_not_exchanged_from_the_initial_one() -> None
     }
     whole = load_full_model(store, job(initial=version), version)
     assert whole.layout == model().layout
+    store.delete(version.key)
+    with pytest.raises(NotFound, match="fedqueue replay"):
+        load_full_model(store, job(initial=initial), version)
 
 
 # --- payloads ------------------------------------------------------------------------------------------------
@@ -149,7 +162,30 @@ def test_a_payload_that_is_not_as_declared_is_refused(
         load_payload(store, update, model().layout, max_bytes)
     assert caught.value.reason == reason
     assert update.payload_key in str(caught.value)
-    assert store.reads == (reason == "wrong-digest"), "sizes are judged before anything is read"
+    reads = 2 if reason == "wrong-digest" else 0
+    assert store.reads == reads, "sizes are judged before anything is read, a digest after reading twice"
+
+
+@pytest.mark.parametrize("garble", [lambda data: data[:-1], lambda data: b"\0" * len(data)])
+def test_a_reading_that_failed_condemns_nothing(garble: Callable[[bytes], bytes]) -> None:
+    class Garbling(MemoryStore):
+        reads = 0
+
+        def get(self, key: str, *, max_bytes: int) -> bytes:
+            self.reads += 1
+            data = super().get(key, max_bytes=max_bytes)
+            return garble(data) if self.reads == 1 else data
+
+    data, store = encode(model(3.0)), Garbling()
+    update = update_for(data)
+    store.put(update.payload_key, data)
+    with pytest.raises(StoreUnavailable, match="incompletely"):
+        load_payload(store, update, model().layout, len(data))
+    assert load_payload(store, update, model().layout, len(data)).flat.tolist() == [3.0] * 10
+    store = Garbling()
+    ref = save_model(store, "job", model())
+    with pytest.raises(StoreUnavailable, match="incompletely"):
+        load_model(store, ref)
 
 
 @pytest.mark.parametrize(

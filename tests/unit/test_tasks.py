@@ -1,4 +1,4 @@
-"""Accepting and publishing, with every interleaving of two workers forced at the log, not hoped for."""
+"""Accepting and publishing, one worker after the other. test_interleavings.py has what they do at once."""
 
 from __future__ import annotations
 
@@ -8,32 +8,44 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from aggregator import transitions
 from broker.sqlite import SqliteBroker
-from federation.errors import BadJob, StoreUnavailable
+from federation.errors import BadJob, CorruptLog, StoreUnavailable
 from federation.jobs import AggregationPolicy, EvaluationPolicy, Job, JobSpec, StopRule
 from federation.keys import job_prefix, log_prefix
+from federation.points import Point, watch
 from federation.settings import Settings
-from federation.types import Accepted, ClientUpdate, Event, Head, ModelVersion, Published
+from federation.types import Accepted, ClientUpdate, Collected, Event, Head, ModelVersion, Published
+from storage.audit import audit
 from storage.jobs import list_refusals
 from storage.memory import MemoryStore
 from storage.models import load_model, save_model
 from storage.tensors import from_arrays
 from tasks import celery
-from tasks.accept import accept
+from tasks.accept import ASK_AGAIN_EVERY, accept
 from tasks.context import Context
 from tasks.evaluate import evaluate
 from tasks.jobs import create
 from tasks.publish import evaluation_due, publish_pending
+from tasks.replay import replay
 from tests.factories import client_update, job_spec, payload_of, toy_arrays
 
 
 class HookedStore(MemoryStore):
-    """Runs `before_log_put` once, just before the next log record is written: another worker's moment."""
+    """Another worker's moments: runs `before_log_put` once, just before the next log record is written, and
+    `before_model_get` before the next model is read."""
 
     def __init__(self) -> None:
         super().__init__()
         self.before_log_put: Callable[[], None] | None = None
+        self.before_model_get: Callable[[], None] | None = None
         self.models_written = 0
+
+    def get(self, key: str, *, max_bytes: int) -> bytes:
+        if self.before_model_get is not None and "/models/" in key:
+            hook, self.before_model_get = self.before_model_get, None
+            hook()
+        return super().get(key, max_bytes=max_bytes)
 
     def put_if_absent(self, key: str, data: bytes | bytearray | memoryview) -> bool:
         if "/models/" in key:
@@ -59,6 +71,12 @@ class Worker(Context):
 @pytest.fixture
 def store() -> HookedStore:
     return HookedStore()
+
+
+@pytest.fixture(autouse=True)
+def _no_hook_is_left() -> Iterator[None]:
+    yield
+    watch(None)
 
 
 @pytest.fixture
@@ -116,25 +134,45 @@ def test_accept_appends_one_record_and_asks_for_a_publish(worker: Worker) -> Non
     assert worker.sent == [(celery.PUBLISH, {"job": "toy"})]
 
 
-def test_accept_against_accept_both_count_and_the_second_is_staler(
-    worker: Worker, other: Worker, store: HookedStore
+def test_an_update_that_the_head_has_forgotten_counts_once(
+    worker: Worker, other: Worker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    new_job(worker)
-    first, second = uploaded(worker), uploaded(worker, site="site-b")
-    store.before_log_put = lambda: accept(other, second)  # the other wins the record that `worker` wanted
-    accept(worker, first)
-    pending = head(worker).pending
-    assert [(c.update, c.staleness) for c in pending] == [(second, 0), (first, 1)]
+    """By a worker that has seen the whole log, and by one that has not."""
+    monkeypatch.setattr(transitions, "REMEMBERED_LIMIT", 2)
+    job = new_job(worker, job_spec(aggregation=AggregationPolicy(max_staleness=1000)))
+    updates = [uploaded(worker, base_version=0) for _ in range(6)]
+    for update in updates:
+        accept(worker, update)
+        publish_pending(worker, job)
+    before = head(worker)
+    assert len(before.remembered) <= 2
+    for update in updates:
+        accept(worker, update)
+        accept(other, update)
+    assert head(worker) == before
+    assert merged_ids(worker) == [update.update_id for update in updates]
+    assert [finding for finding in audit(worker.store, "toy") if finding.level == "error"] == []
+    assert all(step.equal for step in replay(worker.store, "toy"))
 
 
-def test_the_same_update_accepted_by_two_workers_at_once_counts_once(
-    worker: Worker, other: Worker, store: HookedStore
-) -> None:
+def test_a_backlog_asks_for_few_publishes(worker: Worker) -> None:
     new_job(worker)
-    update = uploaded(worker)
-    store.before_log_put = lambda: accept(other, update)
-    accept(worker, update)
-    assert [c.update for c in head(worker).pending] == [update]
+    updates = [uploaded(worker, base_version=0) for _ in range(4)]
+    for update in updates[:2]:
+        accept(worker, update)
+    assert worker.sent == [(celery.PUBLISH, {"job": "toy"})], "the first one's"
+    accept(worker, updates[1])
+    assert len(worker.sent) == 2, "a redelivered one asks: its first delivery may not have come to it"
+
+
+def test_a_request_for_a_publish_that_was_lost_is_made_again(worker: Worker) -> None:
+    policy = AggregationPolicy(max_staleness=1000)
+    new_job(worker, job_spec(aggregation=policy))
+    for _ in range(ASK_AGAIN_EVERY - 1):
+        accept(worker, uploaded(worker, base_version=0))
+    worker.sent.clear()  # the broker lost its disk
+    accept(worker, uploaded(worker, base_version=0))
+    assert worker.sent == [(celery.PUBLISH, {"job": "toy"})]
 
 
 def test_an_accept_during_a_publish_costs_no_second_model(
@@ -153,30 +191,76 @@ def test_an_accept_during_a_publish_costs_no_second_model(
     assert (celery.PUBLISH, {"job": "toy"}) in worker.sent  # for the late one
 
 
-def test_of_two_publishes_one_counts(worker: Worker, other: Worker, store: HookedStore) -> None:
-    job = new_job(worker)
-    for _ in range(3):
-        accept(worker, uploaded(worker))
-    store.before_log_put = lambda: publish_pending(other, job)
-    assert publish_pending(worker, job) is None
-    assert head(worker).version == 3
-    assert len(merged_ids(worker)) == len(set(merged_ids(worker))) == 3
+def collect(worker: Worker, *keys: str) -> None:
+    """As retention does: the record first, then the deletion."""
+    versions = worker.log("toy")
+    record = versions.head()
+    versions.append(record, Collected(keys=keys), record.head)
+    for key in keys:
+        worker.store.delete(key)
 
 
-def test_a_publish_that_loses_to_publish_and_accept_is_dropped_too(
+def test_a_publish_does_not_care_for_other_collected_objects(
     worker: Worker, other: Worker, store: HookedStore
 ) -> None:
     job = new_job(worker)
     accept(worker, uploaded(worker))
-    late = uploaded(worker, site="site-b")
+    before = store.models_written
+    store.before_log_put = lambda: collect(other, "jobs/toy/models/other.safetensors")
+    assert publish_pending(worker, job) is not None
+    assert store.models_written == before + 1
 
-    def both() -> None:
+
+def test_a_publish_whose_base_is_superseded_and_collected_meanwhile_looks_again(
+    worker: Worker, other: Worker, store: HookedStore
+) -> None:
+    job = new_job(worker)
+    accept(worker, first := uploaded(worker, 1.0))
+    publish_pending(worker, job)
+    version_1 = head(worker).current.model.key
+    accept(worker, second := uploaded(worker, 1.0))
+    late = uploaded(worker, 1.0)
+
+    def supersede_and_collect() -> None:
         publish_pending(other, job)
         accept(other, late)
+        collect(other, version_1)
 
-    store.before_log_put = both
-    assert publish_pending(worker, job) is None
-    assert [c.update for c in head(worker).pending] == [late]
+    store.before_model_get = supersede_and_collect
+    assert publish_pending(worker, job) is not None
+    assert merged_ids(worker) == [update.update_id for update in (first, second, late)]
+    assert weight(worker) == 0.875
+
+
+def test_a_newest_version_that_is_missing_stops_the_publish_and_says_what_to_do(worker: Worker) -> None:
+    job = new_job(worker)
+    accept(worker, update := uploaded(worker))
+    key = head(worker).current.model.key
+    model = worker.store.get(key, max_bytes=1 << 20)
+    worker.store.delete(key)
+    with pytest.raises(CorruptLog, match=f"{key}.* restore it"):
+        publish_pending(worker, job)
+    worker.store.put(key, model)
+    assert publish_pending(worker, job) is not None
+    assert merged_ids(worker) == [update.update_id]
+
+
+def test_a_refusal_that_was_recorded_but_not_told_is_told_at_the_redelivery(worker: Worker) -> None:
+    new_job(worker)
+    update = uploaded(worker, base_version=7)
+
+    def die(point: Point) -> None:
+        if point is Point.REFUSED:
+            raise KeyboardInterrupt
+
+    watch(die)
+    with pytest.raises(KeyboardInterrupt):
+        accept(worker, update)
+    watch(None)
+    assert list(list_refusals(worker.store, "toy")) == []
+    accept(worker, update)
+    assert [(r.update, r.reason) for r in list_refusals(worker.store, "toy")] == [(update, "future-base")]
+    assert len(events(worker)) == 2
 
 
 def test_group_commit_gives_the_same_model_as_one_by_one(tmp_path: Path) -> None:
@@ -194,7 +278,7 @@ def test_group_commit_gives_the_same_model_as_one_by_one(tmp_path: Path) -> None
         models.append((head(worker).current, store.models_written))
         worker.broker.close()
     (one, one_writes), (all_, all_writes) = models
-    assert one == all_  # version, and the digest of every byte
+    assert (one.version, one.model.sha256) == (all_.version, all_.model.sha256)  # the digest of every byte
     assert all_writes < one_writes
 
 
