@@ -1,1 +1,1 @@
-"""The queues: topology, publisher and consumer, over RabbitMQ (pika) or one SQLite file."""
+"""The queues: topology, publisher and consumer, over RabbitMQ (pika) or one SQLite file, faults for tests."""

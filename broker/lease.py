@@ -9,13 +9,14 @@ fencing token: whoever slept through the end of its lease holds an old token, an
 nothing. Write-ahead log and synchronous=FULL: what `publish` returned from survives kill -9 and power cuts.
 Any number of processes of one machine may have the file open; a network file system will not do.
 
-Times are wall-clock seconds, because processes share them. A clock that jumps ends a lease early or late: a
-duplicate or a delay, both legal.
+Times are wall-clock seconds, because processes share them. A clock that jumps ends leases early: a duplicate,
+which is legal. One that steps back does not make the leases of dead processes longer.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -26,6 +27,9 @@ from broker.delivery import plain
 from broker.topology import DEAD, DEATH_QUEUE, DEATH_REASON, QueueSpec, matches
 from federation.errors import BadMessage, BrokerUnavailable
 from federation.wire import Delivery, Message
+
+LATEST_LEASES = 2
+"""A lease ends at most so many lease times from now; twice, for a process that has another setting."""
 
 
 @dataclass(frozen=True)
@@ -89,10 +93,10 @@ class LeaseQueue:
         """The oldest message of `queues` that nobody holds. Spent and expired ones on the way are removed."""
         with self._db.reading():
             # Without a write lock, so that idle consumers disturb nobody.
-            if self._oldest(queues, time.time()) is None:
+            if self._oldest(queues, seconds) is None:
                 return None
         with self._db.transaction():
-            while (found := self._oldest(queues, time.time())) is not None:
+            while (found := self._oldest(queues, seconds)) is not None:
                 seq, queue = found
                 if not self._removed(seq, queue):
                     self._db.execute(
@@ -129,7 +133,7 @@ class LeaseQueue:
         """Remove up to `limit` waiting messages and return them."""
         taken: list[Delivery] = []
         with self._db.transaction():
-            while len(taken) < limit and (found := self._oldest([queue], time.time())) is not None:
+            while len(taken) < limit and (found := self._oldest([queue])) is not None:
                 if not self._removed(*found):
                     self._db.execute("UPDATE messages SET attempts = attempts + 1 WHERE seq = ?", found[:1])
                     taken.append(self._delivery(found[0]))
@@ -144,16 +148,21 @@ class LeaseQueue:
 
     # --- inside a transaction --------------------------------------------------------------------------------
 
-    def _oldest(self, queues: Sequence[str], now: float) -> tuple[int, str] | None:
-        """(seq, queue) of the first message that may be leased now."""
+    def _oldest(self, queues: Sequence[str], lease_s: float = math.inf) -> tuple[int, str] | None:
+        """(seq, queue) of the first message that may be leased now, by somebody who leases for `lease_s`."""
+        now = time.time()
+        # No lease of ours ends later than this, so one that does was given before the clock stepped back
+        latest = now + LATEST_LEASES * lease_s
         found: tuple[int, str] | None = None
         for queue in queues:
             # one consumer at a time: while a message of the queue is held, the others wait
             row = self._db.execute(
-                "SELECT seq FROM messages WHERE queue = ?1 AND (lease_until IS NULL OR lease_until <= ?2) "
+                "SELECT seq FROM messages WHERE queue = ?1 "
+                "AND (lease_until IS NULL OR lease_until <= ?2 OR lease_until > ?3) "
                 "AND NOT EXISTS (SELECT 1 FROM queues JOIN messages held ON held.queue = queues.name "
-                "WHERE queues.name = ?1 AND single_active AND held.lease_until > ?2) ORDER BY seq LIMIT 1",
-                (queue, now),
+                "WHERE queues.name = ?1 AND single_active AND held.lease_until > ?2 AND held.lease_until <= ?3) "
+                "ORDER BY seq LIMIT 1",
+                (queue, now, latest),
             ).fetchone()
             if row and (found is None or row[0] < found[0]):
                 found = (int(row[0]), queue)

@@ -21,10 +21,19 @@ from numpy.typing import NDArray
 
 from broker import topology
 from broker.port import Broker
-from federation.errors import BadMessage, FedqueueError, NotFound, Rejected, Transient
+from federation.errors import (
+    AccessDenied,
+    BadMessage,
+    CorruptLog,
+    FedqueueError,
+    NotFound,
+    Rejected,
+    Transient,
+)
 from federation.ids import new_update_id
 from federation.jobs import Job, JobSpec
 from federation.keys import update_key
+from federation.points import Point, reach
 from federation.settings import Settings
 from federation.types import ClientUpdate, Head
 from federation.wire import Delivery, JobClosed, decode_control
@@ -38,6 +47,7 @@ from storage.blob import BlobStore
 from storage.jobs import load_job
 from storage.log import VersionLog
 from storage.models import ModelCache
+from storage.tensors import TensorFile
 
 log = logging.getLogger("fedqueue.site")
 
@@ -154,7 +164,7 @@ class SiteAgent:
         """One local training and its entry in the outbox. The next turn delivers it."""
         base = head.version
         self._heartbeat.update(state="pulling", base_version=base, detail="")
-        version = model.pull(head.current.model)
+        version = self._pull(model, head)
         weights = model.assemble(version)
         self._heartbeat.update(state="training", step=0, steps=job.spec.plan.local_steps)
         log.info("training from version %d", base)
@@ -171,6 +181,7 @@ class SiteAgent:
             )
         except Rejected as exc:  # it diverged, or an image has become unreadable: nothing is sent
             raise Transient(f"this attempt is dropped, another follows: {exc}") from exc
+        reach(Point.TRAINED)
         self._epochs = self._heartbeat.status.epoch
         arrays = dict(trained.weights)
         payload = model.payload(version, arrays)
@@ -179,6 +190,17 @@ class SiteAgent:
         self._heartbeat.update(state="uploading")
         self._outbox.put(update, payload)
         log.info("update %s: finished, %s", update.update_id, _metrics(trained))
+
+    def _pull(self, model: LocalModel, head: Head) -> TensorFile:
+        """The head's model. Raises Transient if it is gone because this site slept since it looked."""
+        try:
+            return model.pull(head.current.model)
+        except (NotFound, AccessDenied) as exc:  # a site's account is not told which of the two it is
+            if self._follower.look().current != head.current:
+                raise Transient(f"version {head.version} is not kept any more: taking a newer one") from exc
+            if isinstance(exc, NotFound):
+                raise CorruptLog(f"version {head.version} is the newest, but its model is missing") from exc
+            raise
 
     def _describe(self, job: Job, base: int, trained: Trained, payload: bytes) -> ClientUpdate:
         update_id = new_update_id()

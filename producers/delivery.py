@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from broker import topology
 from broker.port import Broker
 from federation.errors import BadMessage, BrokerUnavailable
+from federation.points import Point, reach
 from federation.types import ClientUpdate
 from federation.wire import encode_update
 from producers.outbox import Outbox
@@ -45,7 +46,9 @@ class Courier:
         """Send everything that waits, oldest first. Raises StoreUnavailable, BrokerUnavailable, AccessDenied."""
         for update in self.outbox.waiting():
             self.store.put_if_absent(update.payload_key, self.outbox.payload(update))
+            reach(Point.UPLOADED)
             self._publish(update)
+            reach(Point.CONFIRMED)
             self.outbox.confirmed(update)
             self.confirmed += 1
             log.info("update %s: sent, base version %d", update.update_id, update.base_version)

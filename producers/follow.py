@@ -27,16 +27,19 @@ class Follower:
     def look(self) -> Head:
         """The newest head. Settles those of our updates whose fate the log tells.
 
-        Raises NotFound if the job has no log yet, StoreUnavailable.
+        Raises NotFound if the job has no log yet, StoreUnavailable; the next call goes on where this one was.
         """
         if self._last is None:
-            self._last = self.log.head()
-            self._settle_from_before(self._last.head)
-        else:
-            for record in self.log.follow(self._last.seq):
-                self._settle(record)
-                self._last = record
+            self._last = self._start()
+        for record in self.log.history(self._last.seq + 1):
+            self._settle(record)
+            self._last = record
         return self._last.head
+
+    def _start(self) -> LogRecord:
+        """Where to begin: no record up to here names what an earlier run of this agent sent."""
+        bases = [update.base_version for update in self.outbox.sent()]
+        return self.log.first_at(min(bases)) if bases else self.log.head()
 
     def _settle(self, record: LogRecord) -> None:
         event = record.event
@@ -60,12 +63,3 @@ class Follower:
                 log.warning(
                     "update %s: rejected (%s): %s", refusal.update.update_id, refusal.reason, refusal.message
                 )
-
-    def _settle_from_before(self, head: Head) -> None:
-        """Updates that an earlier run of this agent sent: look each up, for there are few."""
-        pending = {contribution.update.update_id for contribution in head.pending}
-        for update in self.outbox.sent():
-            if update.update_id not in pending:
-                for record in self.log.history():
-                    self._settle(record)
-                return

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from federation.points import Point, reach
 from federation.types import ClientUpdate
 from storage.files import replace_durably, sync_folder
 
@@ -44,7 +45,9 @@ class Outbox:
     def put(self, update: ClientUpdate, payload: bytes) -> None:
         """Add an entry. When this returns it survives a power cut."""
         replace_durably(self._payload(update), payload)
+        reach(Point.OUTBOX_PAYLOAD)
         replace_durably(self._entry(update), update.to_json())
+        reach(Point.OUTBOX_PUT)
 
     def waiting(self) -> Iterator[ClientUpdate]:
         """Entries that the broker has not confirmed, oldest first."""
@@ -57,6 +60,7 @@ class Outbox:
     def confirmed(self, update: ClientUpdate) -> None:
         """The broker has it: drop the payload, and remember the update until its fate is known."""
         os.replace(self._entry(update), self._sent / f"{update.update_id}.json")
+        reach(Point.OUTBOX_MOVED)
         self._payload(update).unlink(missing_ok=True)
         sync_folder(self._out)
         sync_folder(self._sent)

@@ -60,6 +60,26 @@ def test_a_leased_message_is_hidden_and_the_next_one_is_not(queue: LeaseQueue) -
     assert queue.lease([topology.UPDATES], FOR_EVER) is None
 
 
+@pytest.mark.parametrize("name", [topology.UPDATES, topology.MERGE], ids=["many readers", "one at a time"])
+def test_a_clock_that_steps_back_an_hour_makes_no_lease_longer(
+    queue: LeaseQueue, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now)
+    exchange, key = {
+        topology.UPDATES: (topology.UPDATES_EXCHANGE, "updates.site-a"),
+        topology.MERGE: (topology.TASKS_EXCHANGE, "merge.accept_update"),
+    }[name]
+    queue.publish(exchange, update("1", key=key))
+    dead = lease(queue, 30.0, name)
+    assert queue.lease([name], 30.0) is None
+    now -= 3600.0
+    alive = lease(queue, 30.0, name)
+    assert (alive.seq, alive.token) == (dead.seq, dead.token + 1)
+    assert not queue.acknowledge(dead)
+    assert queue.lease([name], 30.0) is None, "the new lease is as good as any"
+
+
 def test_after_its_end_a_lease_goes_to_another_and_the_old_token_is_worth_nothing(queue: LeaseQueue) -> None:
     publish(queue, "1")
     sleeper = lease(queue, OVER_AT_ONCE)
