@@ -9,12 +9,12 @@ from __future__ import annotations
 import logging
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import pika
 import pytest
 
@@ -22,17 +22,13 @@ import broker.rabbitmq
 from broker import topology
 from federation.errors import Transient
 from federation.ids import new_update_id
-from federation.jobs import AggregationPolicy, StopRule
-from federation.keys import DEADLETTERS_PREFIX
+from federation.jobs import StopRule
 from federation.settings import env_name
-from federation.types import Contribution, Published
 from federation.wire import Message
 from producers.outbox import Outbox
 from storage.liveness import open_liveness
-from storage.log import VersionLog
-from storage.models import load_model
-from storage.tensors import decode
-from tests.factories import Arrays, client_update, job_spec, payload_of, toy_arrays
+from tests.factories import client_update, job_spec, payload_of
+from tests.integration.backlog import Backlog, merged, random_arrays
 from tests.integration.servers import Server, embedded, real, running, until
 from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.redis import RedisServer
@@ -40,9 +36,6 @@ from tests.servers.rgw import Rgw
 from tests.toy_site import ToyTrainer, agent
 
 REAL = (pytest.mark.rabbitmq, pytest.mark.redis, pytest.mark.s3)
-ALPHA = 0.6
-# A publish for every few accepts, so that a kill meets both; all updates have base 0, so each weighs differently.
-POLICY = AggregationPolicy(strategy="fedasync", alpha=ALPHA, max_pending=4, max_staleness=1000)
 BACKLOG = 30
 KILLS = 3
 
@@ -83,97 +76,6 @@ def deployment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]
         stack.callback(rabbitmq.stop)
         server = real(tmp_path_factory.mktemp("outage-server"), rabbitmq, redis, s3)
         yield Deployment(stack.enter_context(running(server)), rabbitmq, redis, s3)
-
-
-# --- what the log says ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class Backlog:
-    """A job and the updates that were sent to it, each with its own random model."""
-
-    server: Server
-    job: str = field(default_factory=lambda: f"job-{new_update_id()[-12:]}")
-    ids: list[str] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self.server.create_job(job_spec(self.job, aggregation=POLICY), random_arrays(0))
-
-    def send(self, count: int) -> None:
-        for _ in range(count):
-            payload = payload_of(random_arrays(len(self.ids) + 1))
-            update = client_update(payload, job=self.job)
-            self.server.send(update, payload)
-            self.ids.append(update.update_id)
-
-    def accepted(self) -> int:
-        """How many updates are in the log."""
-        head = self.server.head(self.job)
-        assert head is not None
-        return head.version + len(head.pending)
-
-    def merged(self) -> list[Contribution]:
-        """In log order."""
-        return merged(self.server, self.job)
-
-    def wait_and_check(self) -> None:
-        """Every update merged exactly once, and the model is what the formula gives in the log's order."""
-        until(
-            "all updates to be merged",
-            lambda: (head := self.server.head(self.job)) is not None and head.version >= len(self.ids),
-        )
-        contributions = self.merged()
-        assert sorted(c.update.update_id for c in contributions) == sorted(self.ids)
-        assert [c.version for c in contributions] == list(range(1, len(self.ids) + 1))
-        head = self.server.head(self.job)
-        assert head is not None
-        assert (head.version, head.pending) == (len(self.ids), ())
-        assert not list(self.server.store.list(DEADLETTERS_PREFIX))
-        expected = random_arrays(0)
-        for staleness, contribution in enumerate(contributions):
-            assert contribution.staleness == staleness
-            assert contribution.weight == ALPHA * (1 + staleness) ** -0.5
-            data = self.server.store.get(contribution.update.payload_key, max_bytes=1 << 20)
-            expected = fedasync(expected, dict(decode(data).arrays()), contribution.weight)
-        arrays = load_model(self.server.store, head.current.model).arrays()
-        assert arrays.keys() == expected.keys()
-        for name, array in expected.items():
-            assert arrays[name].tobytes() == array.tobytes(), name
-
-
-def merged(server: Server, job: str) -> list[Contribution]:
-    events = [record.event for record in VersionLog(server.store, job).history()]
-    return [c for event in events if isinstance(event, Published) for c in event.merged]
-
-
-def random_arrays(seed: int) -> Arrays:
-    """Some 150 KB, so that a merge takes long enough to be hit."""
-    rng = np.random.default_rng(seed)
-    arrays = toy_arrays() | {"conv.weight": np.zeros((64, 64, 3, 3), np.float32)}
-    for name, array in arrays.items():
-        arrays[name] = rng.standard_normal(array.shape).astype(np.float32)
-    arrays["norm.running_var"] = np.square(arrays["norm.running_var"])
-    arrays["norm.num_batches_tracked"] = np.array(seed, np.int64)
-    return arrays
-
-
-def fedasync(model: Arrays, payload: Arrays, a: float) -> Arrays:
-    """x ← (1-α)x + αy as a step from the nearer end in float32; statistics as those of a mixture, in float64."""
-    mixed = {}
-    mean, var = (model[f"norm.running_{name}"].astype(np.float64) for name in ("mean", "var"))
-    other_mean, other_var = (payload[f"norm.running_{name}"].astype(np.float64) for name in ("mean", "var"))
-    for name, x in model.items():
-        y = payload[name]
-        if name == "norm.num_batches_tracked":
-            mixed[name] = np.maximum(x, y)
-        elif name == "norm.running_mean":
-            mixed[name] = ((1 - a) * mean + a * other_mean).astype(np.float32)
-        elif name == "norm.running_var":
-            apart = a * (1 - a) * np.square(other_mean - mean)
-            mixed[name] = ((1 - a) * var + a * other_var + apart).astype(np.float32)
-        else:
-            mixed[name] = x + (y - x) * np.float32(a) if a < 0.5 else y - (y - x) * np.float32(1 - a)
-    return mixed
 
 
 def kill_at_work(server: Server, name: str, backlog: Backlog, left: Callable[[], int]) -> None:
@@ -343,16 +245,16 @@ def test_long_training_outlives_the_brokers_patience(
 # --- servers come back by themselves ----------------------------------------------------------------------------
 
 
-@real_only
-def test_rabbitmq_restarted_while_everybody_is_idle(deployment: Deployment) -> None:
-    server = deployment.server
-    backlog = Backlog(server)
-    backlog.send(1)
-    until("the first merge", lambda: len(backlog.merged()) == 1)
+@contextmanager
+def nobody_restarted(server: Server) -> Iterator[None]:
+    """What happens inside must not end any process of the server."""
     processes = {name: process.pid for name, process in server.processes.items()}
-    with outage(deployment.rabbitmq.stop, deployment.rabbitmq.start):
-        pass
+    yield
+    assert server.alive()
+    assert {name: process.pid for name, process in server.processes.items()} == processes
 
+
+def send_as_soon_as_possible(backlog: Backlog) -> None:
     def sent() -> bool:
         try:
             backlog.send(1)
@@ -361,9 +263,67 @@ def test_rabbitmq_restarted_while_everybody_is_idle(deployment: Deployment) -> N
         return True
 
     until("the broker to take an update", sent)
+
+
+@real_only
+@pytest.mark.parametrize(
+    "away_s",
+    [
+        pytest.param(0.0, id="for a moment"),
+        pytest.param(
+            65.0, id="for a minute", marks=pytest.mark.chaos
+        ),  # a minute and a half: not for each run
+    ],
+)
+def test_rabbitmq_away_while_everybody_is_idle(deployment: Deployment, away_s: float) -> None:
+    server = deployment.server
+    backlog = Backlog(server)
+    backlog.send(1)
+    until("the first merge", lambda: len(backlog.merged()) == 1)
+    with nobody_restarted(server):
+        with outage(deployment.rabbitmq.stop, deployment.rabbitmq.start):
+            time.sleep(away_s)  # the outage itself: long enough for every backoff to reach its limit
+        send_as_soon_as_possible(backlog)
+        backlog.wait_and_check()
+
+
+@real_only
+def test_server_processes_that_start_before_the_servers(deployment: Deployment) -> None:
+    server, rabbitmq = deployment.server, deployment.rabbitmq
+    backlog = Backlog(server)
+    for name in server.commands:
+        server.kill(name)
+    ingress = server.folder / "ingress.log"
+    start = len(ingress.read_text())
+    with outage(rabbitmq.stop, rabbitmq.start):
+        for name in server.commands:
+            server.start(name)
+        until("the ingress to wait", lambda: "waiting " in ingress.read_text()[start:])
+    send_as_soon_as_possible(backlog)
     backlog.wait_and_check()
     assert server.alive()
-    assert {name: process.pid for name, process in server.processes.items()} == processes
+
+
+@real_only
+@pytest.mark.parametrize("stop", ["stop", "kill"])
+def test_rabbitmq_lost_in_the_middle_of_a_task(deployment: Deployment, stop: str) -> None:
+    """The task waits for the store, so that it is certainly running when the broker goes."""
+    server, rabbitmq, s3 = deployment.server, deployment.rabbitmq, deployment.s3
+    backlog = Backlog(server)
+    log = server.folder / "worker.log"
+    start = len(log.read_text())
+    payload = payload_of(random_arrays(1))
+    update = client_update(payload, job=backlog.job)
+    server.store.put_if_absent(update.payload_key, payload)
+    with nobody_restarted(server):
+        with outage(lambda: s3.stop(kill=True), s3.start):
+            server.send(update, None)
+            until("the task to wait for the store", lambda: ": waiting " in log.read_text()[start:])
+            with outage(getattr(rabbitmq, stop), rabbitmq.start):
+                until("the worker to notice", lambda: "onnection to broker lost" in log.read_text()[start:])
+        backlog.ids.append(update.update_id)
+        send_as_soon_as_possible(backlog)
+        backlog.wait_and_check()
 
 
 @real_only
