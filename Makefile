@@ -2,7 +2,7 @@
 # make test    style, types and all quick tests (a missing server skips; with CI=true it fails)
 # make check   style and types alone
 # make test-slow   training runs of minutes
-# make chaos       tests that kill processes and servers at random moments
+# make chaos       tests that kill processes and servers at random moments; SECONDS=600 SEED=1
 # make bench, make servers, make clean
 
 PYTHON ?= python3
@@ -26,11 +26,16 @@ check: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
 
+# The run of SECONDS s; what SEED chooses is in tests/chaos/plan.py. Its tables go to runs/chaos-<SEED>.md.
+SECONDS ?= 600
+SEED ?= 1
+
 chaos: $(VENV)/.test
-	$(PYTEST) -m chaos
+	CHAOS_SECONDS=$(SECONDS) CHAOS_SEED=$(SEED) $(PYTEST) -m chaos -s
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.merge
+	$(BIN)/python -m benchmarks.backlog
 
 # Real servers with accounts on free ports, for trying things by hand; prints the settings, ends with Ctrl-C.
 servers: $(VENV)/.test

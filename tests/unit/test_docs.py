@@ -57,3 +57,18 @@ def test_the_protocol_lists_every_reason_of_a_refusal() -> None:
         )
     assert len(reasons) > 15
     assert {reason for reason in reasons if f"`{reason}`" not in protocol} == set()
+
+
+def test_the_tests_that_the_promises_rest_on_exist() -> None:
+    named = re.findall(r"`(tests/[\w/]+\.py)?(?:::(\w+))?`", (ROOT / "docs" / "reliability.md").read_text())
+    path, found = "", 0
+    for file, name in named:
+        path = file or path
+        if not (file or name):
+            continue
+        source = ROOT / path
+        assert source.is_file(), f"docs/reliability.md names {path}"
+        if name:
+            assert f"def {name}(" in source.read_text(), f"docs/reliability.md names {path}::{name}"
+            found += 1
+    assert found > 15
