@@ -7,6 +7,7 @@ BatchNorm layers, which a site with norm policy `local` keeps to itself (FedBN, 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,28 @@ from typing import Any
 from numpy.typing import NDArray
 
 from federation.errors import BadPayload, StoreUnavailable
-from federation.jobs import Job, ModelRef
+from federation.jobs import Job, ModelRef, PayloadKind
 from storage.blob import BlobStore
 from storage.files import replace_durably
 from storage.models import ModelCache
 from storage.tensors import TensorFile, decode, encode, from_arrays
 
 Arrays = dict[str, NDArray[Any]]
+
+
+def payload(kind: PayloadKind, version: TensorFile, trained: Mapping[str, NDArray[Any]]) -> TensorFile:
+    """The exchanged tensors of weights `trained` that started from `version`.
+
+    The weights themselves, or for "difference" their difference to `version`; running statistics and integers
+    always as values.
+    """
+    exchanged = from_arrays({t.name: trained[t.name] for t in version.layout.tensors})
+    if kind == "weights":
+        return exchanged
+    weights = version.layout.weight_count
+    flat = exchanged.flat.copy()
+    flat[:weights] -= version.flat[:weights]
+    return TensorFile(version.layout, flat, exchanged.ints)
 
 
 @dataclass(frozen=True)
@@ -51,18 +67,8 @@ class LocalModel:
         return arrays
 
     def payload(self, version: TensorFile, trained: Arrays) -> bytes:
-        """What to upload for weights `trained` that started from `version`.
-
-        The weights themselves, or for payload_kind "difference" their difference to `version`; running
-        statistics and integers always as values.
-        """
-        exchanged = from_arrays({t.name: trained[t.name] for t in version.layout.tensors})
-        flat = exchanged.flat
-        if self.job.spec.aggregation.payload_kind == "difference":
-            weights = version.layout.weight_count
-            flat = flat.copy()
-            flat[:weights] -= version.flat[:weights]
-        return bytes(encode(TensorFile(version.layout, flat, exchanged.ints)))
+        """What to upload for weights `trained` that started from `version`."""
+        return bytes(encode(payload(self.job.spec.aggregation.payload_kind, version, trained)))
 
     def keep_norm(self, version: TensorFile, trained: Arrays) -> None:
         """With norm policy `local`, store what this site does not send."""
