@@ -1,4 +1,9 @@
-"""Average precision of a model on labelled images, by COCO's rules and COCO's own code (pycocotools)."""
+"""Average precision of a model on labelled images: by COCO's rules and COCO's own code (pycocotools), and by VOC2010's.
+
+mAP@0.5             COCO: 101 recalls, IoU 0.5, a detection may take the best box that is still free
+mAP@[.5:.95]        COCO: the mean over the IoUs 0.50, 0.55 … 0.95
+VOC2010 mAP@0.5     detection/voc.py: all recalls, a second detection of an object is false
+"""
 
 from __future__ import annotations
 
@@ -14,13 +19,14 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import nn
 
+from detection import voc
 from detection.dataset import Dataset
 from detection.weights import load_state, module_for
 from federation.errors import BadDataset
-from federation.jobs import JobSpec
+from federation.jobs import MAP_50, JobSpec
+from federation.types import MAP
 
-MAP_50 = "mAP@0.5"
-MAP = "mAP@[.5:.95]"
+VOC_MAP = "VOC2010 mAP@0.5"
 BATCH = 16
 
 
@@ -35,10 +41,10 @@ class Found:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """`metrics`: both means over the classes that occur. `per_class`: AP@[.5:.95] of each of those."""
+    """`per_class`: by measure, the AP of each class that occurs. `metrics`: the mean of each measure."""
 
     metrics: dict[str, float]
-    per_class: dict[str, float]
+    per_class: dict[str, dict[str, float]]
     num_images: int
 
 
@@ -89,33 +95,57 @@ def to_pixels(result: Mapping[str, torch.Tensor], scale_x: float, scale_y: float
 
 
 def score(dataset: Dataset, found: list[Found]) -> Evaluated:
-    """COCO average precision of `found`, one entry per image of `dataset` and in its order.
+    """Average precision of `found`, one entry per image of `dataset` and in its order.
 
-    Classes without ground truth in `dataset` are left out of the means, as COCO does.
+    Classes without ground truth in `dataset` are left out, as COCO does. Raises BadDataset if that leaves none.
     """
-    present = [name for name, count in dataset.boxes_per_class().items() if count]
+    if not dataset.num_boxes:
+        raise BadDataset("no image has a box, so there is nothing that detections could be compared with")
+    per_class = {**_coco(dataset, found), VOC_MAP: _voc(dataset, found)}
+    return Evaluated(
+        metrics={name: float(np.mean([*table.values()])) for name, table in per_class.items()},
+        per_class=per_class,
+        num_images=dataset.num_examples,
+    )
+
+
+def _present(dataset: Dataset) -> dict[str, int]:
+    """The classes that occur, with their labels."""
+    counts = dataset.boxes_per_class()
+    return {name: label for label, name in enumerate(dataset.classes, start=1) if counts[name]}
+
+
+def _voc(dataset: Dataset, found: list[Found]) -> dict[str, float]:
+    return {
+        name: voc.average_precision(
+            [item.boxes[item.labels == label] for item in dataset.items],
+            [one.boxes[one.labels == label] for one in found],
+            [one.scores[one.labels == label] for one in found],
+        )
+        for name, label in _present(dataset).items()
+    }
+
+
+def _coco(dataset: Dataset, found: list[Found]) -> dict[str, dict[str, float]]:
+    present = _present(dataset)
     with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints its progress
         truth = COCO()
         truth.dataset = _ground_truth(dataset)
         truth.createIndex()
         rows = _rows(found)
         if not len(rows):
-            return Evaluated({MAP_50: 0.0, MAP: 0.0}, dict.fromkeys(present, 0.0), dataset.num_examples)
+            return {MAP_50: dict.fromkeys(present, 0.0), MAP: dict.fromkeys(present, 0.0)}
         run = COCOeval(truth, truth.loadRes(rows), "bbox")
         run.evaluate()
         run.accumulate()
     # [10 thresholds, 101 recalls, K classes, areas, detections]; the first area is "all", the last count 100
     precision = run.eval["precision"][:, :, :, 0, -1]
     labels = {label: k for k, label in enumerate(run.params.catIds)}
-    tables = {name: precision[:, :, labels[dataset.classes.index(name) + 1]] for name in present}
-    return Evaluated(
-        metrics={
-            MAP_50: float(np.mean([table[0].mean() for table in tables.values()])),
-            MAP: float(np.mean([table.mean() for table in tables.values()])),
-        },
-        per_class={name: float(table.mean()) for name, table in tables.items()},
-        num_images=dataset.num_examples,
-    )
+    tables = {name: precision[:, :, labels[label]] for name, label in present.items()}
+    return {
+        MAP_50: {name: float(table[0].mean()) for name, table in tables.items()},
+        MAP: {name: float(table.mean()) for name, table in tables.items()},
+    }
 
 
 def _ground_truth(dataset: Dataset) -> dict[str, list[dict[str, object]]]:

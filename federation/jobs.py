@@ -13,7 +13,9 @@ from federation.base import Value
 from federation.ids import Name, Sha256
 
 MAX_VERSION = 10**9
+MAP_50 = "mAP@0.5"
 ClassName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:@\[\]/ -]{1,64}$")]
 PayloadKind = Literal["weights", "difference"]
 
 
@@ -127,9 +129,30 @@ class StopRule(Value):
 
 
 class EvaluationPolicy(Value):
-    """Central evaluation on the server's held-out set, where it has one."""
+    """Which versions are measured: by the server on its held-out set, by each site on its validation images."""
 
-    every: int = Field(default=0, ge=0, le=MAX_VERSION, description="versions between evaluations; 0: never")
+    every: int = Field(
+        default=0, ge=0, le=MAX_VERSION, description="versions between evaluations by the server; 0: never"
+    )
+    sites_every: int = Field(
+        default=0, ge=0, le=MAX_VERSION, description="versions between evaluations by the sites; 0: never"
+    )
+    metric: MetricName = Field(
+        default=MAP_50, description="the best version is the one that has most of this"
+    )
+
+    def server_due(self, previous: int, version: int, closed: bool) -> bool:
+        """True if the server measures `version`, which followed `previous`; closed: the job ended with it."""
+        return _due(self.every, previous, version, closed)
+
+    def sites_due(self, previous: int, version: int, closed: bool) -> bool:
+        """The same for the sites. All go by the log, so they measure the same versions, and can be compared."""
+        return _due(self.sites_every, previous, version, closed)
+
+
+def _due(every: int, previous: int, version: int, closed: bool) -> bool:
+    """A multiple of `every` lies in (previous, version]: one publish may advance by more than one version."""
+    return every > 0 and (version // every > previous // every or closed)
 
 
 class JobSpec(Value):

@@ -9,19 +9,22 @@ Every type is a `Value`: checked when made, immutable, `to_json` / `from_json`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, Field, StringConstraints, model_validator
+from pydantic import AwareDatetime, Field, field_validator, model_validator
 
 from federation.base import Value
 from federation.ids import Name, Sha256, UpdateId
-from federation.jobs import MAX_VERSION, ClassName, ModelRef, PayloadKind
+from federation.jobs import MAX_VERSION, ClassName, MetricName, ModelRef, PayloadKind
 from federation.keys import update_key
 
+SERVER = "server"
+"""Who measures a version, if it is no site. Therefore no name for a site."""
+MAP = "mAP@[.5:.95]"
+AP = "AP@"
 MAX_METRICS = 32
 MAX_COLLECTED = 1000
 """Keys in one record; more take several records."""
-MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:@\[\]/ -]{1,64}$")]
 Metrics = Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)]
 
 
@@ -186,16 +189,43 @@ class LogRecord(Value):
 
 
 class Evaluation(Value):
-    """`metrics/<version>/<who>.json`: what `who` measured of a version."""
+    """`metrics/<version>/<who>.json`: what `who` measured of a version; also the report of a site, whole.
+
+    Average precisions (names that contain "AP@") lie in 0..1.
+    """
 
     schema_version: Literal[1] = 1
     job: Name
     version: int = Field(ge=0, le=MAX_VERSION)
-    who: Name
-    num_images: int = Field(ge=0)
+    who: Name = Field(description='a site, or "server"')
+    num_images: int = Field(ge=0, le=10**12)
     metrics: Metrics
-    per_class: dict[ClassName, float] = Field(default_factory=dict, description="AP@[.5:.95] of each class")
+    per_class: dict[MetricName, dict[ClassName, float]] = Field(
+        default_factory=dict,
+        max_length=MAX_METRICS,
+        description="the same measures class by class, of the classes that occur in the images",
+    )
     at: AwareDatetime
+
+    @field_validator("per_class", mode="before")
+    @classmethod
+    def _read_old(cls, value: Any) -> Any:
+        """Older objects hold one measure by class, AP@[.5:.95], without its name."""
+        if isinstance(value, dict) and value and not any(isinstance(v, dict) for v in value.values()):
+            return {MAP: value}
+        return value
+
+    @model_validator(mode="after")
+    def _check_range(self) -> Self:
+        values = {name: [value] for name, value in self.metrics.items()}
+        for name, table in self.per_class.items():
+            values.setdefault(name, []).extend(table.values())
+        wrong = sorted(
+            name for name, found in values.items() if AP in name and not all(0 <= v <= 1 for v in found)
+        )
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)}: an average precision lies between 0 and 1")
+        return self
 
 
 class DeadLetter(Value):

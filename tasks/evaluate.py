@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from federation.errors import BadSettings
 from federation.jobs import Job
-from federation.types import Evaluation
+from federation.types import SERVER, Evaluation
 from storage.jobs import load_evaluation, save_evaluation
 from storage.models import load_full_model
 from tasks import celery
@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from detection.dataset import Dataset
 
 log = logging.getLogger("fedqueue.evaluate")
-
-WHO = "server"
 
 
 @celery.task(celery.EVALUATE)
@@ -38,7 +36,9 @@ def evaluate_version(self: Any, job: str, version: str) -> None:
 def evaluate(context: Context, job_id: str, version: int) -> Evaluation | None:
     """Returns None if the version is measured already or a newer due one waits."""
     job = context.job(job_id)
-    if load_evaluation(context.store, job_id, version, WHO) is not None or _overtaken(context, job, version):
+    if load_evaluation(context.store, job_id, version, SERVER) is not None or _overtaken(
+        context, job, version
+    ):
         return None
     from detection.evaluate import evaluate as measure
 
@@ -48,7 +48,7 @@ def evaluate(context: Context, job_id: str, version: int) -> Evaluation | None:
     evaluation = Evaluation(
         job=job_id,
         version=version,
-        who=WHO,
+        who=SERVER,
         num_images=result.num_images,
         metrics=result.metrics,
         per_class=result.per_class,

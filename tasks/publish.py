@@ -183,6 +183,5 @@ def _after(context: Context, job: Job, record: LogRecord) -> None:
 
 
 def evaluation_due(job: Job, previous: int, head: Head) -> bool:
-    """True if an evaluated multiple lies in (previous, version], or the job closed with this version."""
-    every = job.spec.evaluation.every
-    return every > 0 and (head.version // every > previous // every or head.closed is not None)
+    """True if the server measures the version of `head`, which followed version `previous`."""
+    return job.spec.evaluation.server_due(previous, head.version, head.closed is not None)

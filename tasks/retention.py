@@ -28,13 +28,12 @@ from federation.errors import Conflict, FedqueueError, NotFound, Transient
 from federation.jobs import Job
 from federation.keys import rejected_prefix
 from federation.settings import Settings
-from federation.types import Refused
+from federation.types import SERVER, Refused
 from storage.jobs import list_jobs, load_evaluation, save_refusal
 from storage.log import refusals
 from storage.retention import History, Policy, Retention
 from tasks import celery
 from tasks.context import Context, current
-from tasks.evaluate import WHO
 from tasks.publish import evaluation_due
 from tasks.tell import tell_refused
 
@@ -148,7 +147,7 @@ def _collect(context: Context, job: Job, retentions: dict[str, Retention], stop:
 def _ask_for_evaluation(context: Context, job: Job, history: History) -> None:
     """Of the newest version that is due for one: an older one is overtaken."""
     due = next((stored.version for stored in reversed(history.versions) if stored.due), None)
-    if due is not None and load_evaluation(context.store, job.id, due, WHO) is None:
+    if due is not None and load_evaluation(context.store, job.id, due, SERVER) is None:
         context.send(celery.EVALUATE, {"job": job.id, "version": str(due)})
 
 

@@ -15,7 +15,7 @@ from cli.demo.processes import Processes
 from cli.options import console
 from federation.errors import Fatal
 from federation.jobs import Job
-from federation.types import Evaluation, LogRecord, Published, SiteStatus
+from federation.types import SERVER, Evaluation, LogRecord, Published, SiteStatus
 from storage.blob import BlobStore
 from storage.jobs import list_evaluations
 from storage.liveness import Liveness
@@ -82,7 +82,7 @@ def watch(job: Job, store: BlobStore, liveness: Liveness, processes: Processes, 
 
 def _evaluations(watched: Watched, store: BlobStore, live: Live) -> None:
     for evaluation in list_evaluations(store, watched.job.id):
-        if evaluation.version not in watched.evaluations:
+        if evaluation.version not in watched.evaluations and evaluation.who == SERVER:
             watched.evaluations[evaluation.version] = evaluation
             if not console.is_terminal:
                 live.console.print(f"version {evaluation.version}: mAP@0.5 {evaluation.metrics[MAP_50]:.3f}")

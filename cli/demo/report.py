@@ -17,10 +17,9 @@ from cli.options import console
 from cli.shares import Share, shares
 from detection.dataset import Dataset, load_dataset
 from detection.draw import contact_sheet, plot_map
-from detection.evaluate import MAP
 from detection.predict import predict
 from federation.settings import Settings
-from federation.types import Created, Published
+from federation.types import MAP, Created, Published
 from storage.blob import BlobStore
 from storage.models import load_full_model
 

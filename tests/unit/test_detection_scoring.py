@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +14,13 @@ from PIL import Image
 
 from detection.dataset import Dataset, load_dataset
 from detection.draw import colour_of, contact_sheet, draw, plot_map
-from detection.evaluate import MAP, MAP_50, Found, evaluate, score
+from detection.evaluate import VOC_MAP, Found, evaluate, score
 from detection.predict import predict
 from detection.presets import GENERATED, STREET, Preset
 from detection.weights import initial_state
 from federation.errors import BadDataset
-from federation.jobs import JobSpec, TrainingPlan
+from federation.jobs import MAP_50, JobSpec, TrainingPlan
+from federation.types import MAP
 
 CLASSES = ("cart", "chair", "table")
 JOB = JobSpec(id="test", classes=CLASSES, plan=TrainingPlan(image_size=64))
@@ -57,15 +59,15 @@ def truth(dataset: Dataset) -> list[Found]:
 
 def test_perfect_detections_reach_one(dataset: Dataset) -> None:
     result = score(dataset, truth(dataset))
-    assert result.metrics == {MAP_50: 1.0, MAP: 1.0}
-    assert result.per_class == {"cart": 1.0, "chair": 1.0}
+    assert result.metrics == {MAP_50: 1.0, MAP: 1.0, VOC_MAP: 1.0}
+    assert result.per_class == {name: {"cart": 1.0, "chair": 1.0} for name in result.metrics}
     assert result.num_images == 3
 
 
 def test_no_detections_are_zero(dataset: Dataset, capfd: pytest.CaptureFixture[str]) -> None:
     result = score(dataset, [nothing()] * 3)
-    assert result.metrics == {MAP_50: 0.0, MAP: 0.0}
-    assert result.per_class == {"cart": 0.0, "chair": 0.0}
+    assert result.metrics == {MAP_50: 0.0, MAP: 0.0, VOC_MAP: 0.0}
+    assert result.per_class == {name: {"cart": 0.0, "chair": 0.0} for name in result.metrics}
     score(dataset, truth(dataset))
     assert capfd.readouterr().out == ""
 
@@ -76,8 +78,8 @@ def test_one_class_missed_halves_the_mean(dataset: Dataset) -> None:
         keep = one.labels == 1
         found.append(Found(one.boxes[keep], one.labels[keep], one.scores[keep]))
     result = score(dataset, found)
-    assert result.metrics[MAP_50] == 0.5
-    assert result.per_class == {"cart": 1.0, "chair": 0.0}
+    assert result.metrics == {MAP_50: 0.5, MAP: 0.5, VOC_MAP: 0.5}
+    assert result.per_class == {name: {"cart": 1.0, "chair": 0.0} for name in result.metrics}
 
 
 def test_the_wrong_label_and_the_wrong_place_are_no_hits(dataset: Dataset) -> None:
@@ -95,8 +97,7 @@ def test_iou_thresholds(dataset: Dataset) -> None:
         boxes[:, 2] = boxes[:, 0] + np.float32(0.84) * (boxes[:, 2] - boxes[:, 0])
         narrow.append(Found(boxes, one.labels, one.scores))
     result = score(dataset, narrow)
-    assert result.metrics[MAP_50] == 1.0
-    assert result.metrics[MAP] == pytest.approx(0.7)
+    assert result.metrics == {MAP_50: 1.0, MAP: pytest.approx(0.7), VOC_MAP: 1.0}
 
 
 def test_false_alarms_above_the_truth_cost_precision(dataset: Dataset) -> None:
@@ -105,7 +106,30 @@ def test_false_alarms_above_the_truth_cost_precision(dataset: Dataset) -> None:
     false_alarm = Found(np.array([[0, 70, 10, 80]], np.float32), np.array([1]), np.array([0.99], np.float32))
     carts = [Found(o.boxes[:1], o.labels[:1], o.scores[:1]) for o in (one, other)]
     result = score(dataset, [*carts, false_alarm])
-    assert result.per_class["cart"] == pytest.approx(2 / 3)
+    assert {name: table["cart"] for name, table in result.per_class.items()} == {
+        MAP_50: pytest.approx(2 / 3),
+        MAP: pytest.approx(2 / 3),
+        VOC_MAP: pytest.approx(2 / 3),
+    }
+
+
+def test_coco_gives_a_second_detection_another_box_and_voc_does_not(dataset: Dataset) -> None:
+    """Two overlapping carts; both detections lie nearest to the first."""
+    item = replace(
+        dataset.items[0],
+        boxes=np.array([[0, 0, 10, 10], [2, 0, 12, 10]], np.float32),
+        labels=np.array([1, 1]),
+    )
+    pair = replace(dataset, items=(item,))
+    boxes = np.array([[0, 0, 10, 10], [0.5, 0, 10.5, 10]], np.float32)
+    result = score(pair, [Found(boxes, np.array([1, 1]), np.array([0.9, 0.8], np.float32))])
+    assert result.metrics[MAP_50] == 1.0
+    assert result.metrics[VOC_MAP] == 0.5
+
+
+def test_without_any_box_there_is_nothing_to_score(dataset: Dataset) -> None:
+    with pytest.raises(BadDataset, match="no image has a box"):
+        score(replace(dataset, items=dataset.items[2:]), [nothing()])
 
 
 def test_evaluate_reports_progress_and_handles_an_untrained_model(dataset: Dataset) -> None:
@@ -113,7 +137,8 @@ def test_evaluate_reports_progress_and_handles_an_untrained_model(dataset: Datas
     result = evaluate(JOB, initial_state(JOB), dataset, done.append)
     assert done == [1, 2, 3]
     assert 0 <= result.metrics[MAP_50] < 0.2
-    assert set(result.per_class) == {"cart", "chair"}
+    assert result.per_class.keys() == {MAP_50, MAP, VOC_MAP}
+    assert all(table.keys() == {"cart", "chair"} for table in result.per_class.values())
 
 
 def test_predict_gives_boxes_in_pixels_of_the_file(dataset: Dataset) -> None:

@@ -15,12 +15,12 @@ from PIL import Image, ImageDraw
 from detection.augment import batch, whole_target
 from detection.dataset import Dataset, load_dataset
 from detection.engine import Diverged, StepReport, Trained, learning_rate, train
-from detection.evaluate import MAP_50, evaluate
+from detection.evaluate import evaluate
 from detection.registry import ARCHS, DEFAULT_ARCH, build, load_backbone
 from detection.threads import use_threads
 from detection.weights import Arrays, exchanged_names, initial_state, load_state, state
 from federation.errors import BadDataset, BadJob, BadPayload
-from federation.jobs import JobSpec, TrainingPlan
+from federation.jobs import MAP_50, JobSpec, TrainingPlan
 from federation.layout import Layout, TensorSpec
 
 CLASSES = ("red", "blue")

@@ -84,7 +84,11 @@ evaluations = st.builds(
     who=names,
     num_images=st.integers(0, 10**6),
     metrics=metrics,
-    per_class=st.dictionaries(st.text(min_size=1, max_size=64), st.floats(0, 1), max_size=3),
+    per_class=st.dictionaries(
+        st.text("abcmAP@0.5:[] ", min_size=1, max_size=64),
+        st.dictionaries(st.text(min_size=1, max_size=64), st.floats(0, 1), max_size=3),
+        max_size=3,
+    ),
     at=times,
 )
 dead_letters = st.builds(

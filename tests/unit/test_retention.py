@@ -29,6 +29,7 @@ from federation.jobs import AggregationPolicy, EvaluationPolicy, Job, JobSpec, M
 from federation.points import Point, watch
 from federation.settings import Settings, env_name
 from federation.types import (
+    SERVER,
     ClientUpdate,
     Closed,
     Collected,
@@ -51,7 +52,6 @@ from storage.tensors import from_arrays
 from tasks import celery
 from tasks.accept import accept
 from tasks.context import Context
-from tasks.evaluate import WHO
 from tasks.ingress import FIRST_TICK_S, ticking
 from tasks.jobs import create
 from tasks.publish import publish_pending
@@ -813,7 +813,7 @@ def test_an_evaluation_whose_request_was_lost_is_asked_for_again(broker: SqliteB
     world.sent.clear()
     tend(world.worker, {}, lambda: False)
     assert world.sent == [(celery.EVALUATE, {"job": "toy", "version": "4"})], "the newest that is due"
-    measured(world, 4, WHO)
+    measured(world, 4, SERVER)
     world.sent.clear()
     tend(world.worker, {}, lambda: False)
     assert world.sent == []
