@@ -148,7 +148,7 @@ def _train_steps(
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = rate(step)
-        images, targets = batch(dataset, next(indices), plan.image_size, rng, augment=plan.augment)
+        images, targets = batch(dataset, next(indices), plan.image_size, rng, plan.augmentation)
         loss = _forward(module, images, targets, plan)
         value = loss.item()
         if not math.isfinite(value):

@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, Field, StringConstraints, model_validator
+from pydantic import AwareDatetime, Field, StringConstraints, field_validator, model_validator
 
 from federation.base import Value
 from federation.ids import Name, Sha256
@@ -27,6 +27,49 @@ class ModelRef(Value):
     nbytes: int = Field(ge=1)
 
 
+class Augmentation(Value):
+    """How training varies the images: each in another way every time it is seen."""
+
+    flip: float = Field(default=0.5, ge=0, le=1, description="share of the images mirrored left to right")
+    rescale: float = Field(default=0.5, ge=0, le=1, description="share scaled and cropped or padded")
+    min_scale: float = Field(default=0.75, ge=0.1, le=1)
+    max_scale: float = Field(default=1.5, ge=1, le=4, description="images are decoded at this size")
+    brightness: float = Field(default=0.2, ge=0, le=1, description="strengths: a factor in 1 ± this")
+    contrast: float = Field(default=0.2, ge=0, le=1)
+    saturation: float = Field(default=0.3, ge=0, le=1)
+    hue: float = Field(
+        default=0.02, ge=0, le=0.5, description="shift of at most this share of the colour circle"
+    )
+    hue_share: float = Field(default=0.25, ge=0, le=1, description="share whose hue is shifted; it is costly")
+
+    @property
+    def moves(self) -> bool:
+        """Whether boxes change their place."""
+        return max(self.flip, self.rescale) > 0
+
+    @property
+    def colours(self) -> bool:
+        """Whether pixels change their colour."""
+        return max(self.brightness, self.contrast, self.saturation, min(self.hue, self.hue_share)) > 0
+
+
+AUGMENTATIONS = {
+    "none": Augmentation(flip=0, rescale=0, brightness=0, contrast=0, saturation=0, hue_share=0),
+    "light": Augmentation(),
+    "strong": Augmentation(
+        rescale=0.8,
+        min_scale=0.5,
+        max_scale=2,
+        brightness=0.4,
+        contrast=0.4,
+        saturation=0.6,
+        hue=0.05,
+        hue_share=0.5,
+    ),
+}
+"""By name, for job descriptions; `job.json` holds the numbers."""
+
+
 class TrainingPlan(Value):
     """How a site turns a model version into a client update."""
 
@@ -41,12 +84,32 @@ class TrainingPlan(Value):
     )
     final_learning_rate_fraction: float = Field(default=0.02, ge=0, le=1)
     gradient_norm_limit: float = Field(default=10.0, gt=0)
-    augment: bool = Field(default=True, description="flip, scale-and-crop, brightness and colour jitter")
+    augmentation: Augmentation = Field(
+        default=AUGMENTATIONS["light"], description="none | light | strong, or its fields one by one"
+    )
     norm: Literal["average", "local", "frozen"] = Field(
         default="average",
         description="BatchNorm layers: merged | kept by each site (FedBN, arXiv 2102.07623) | never trained",
     )
     seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _former_names(cls, values: Any) -> Any:
+        """Jobs that are stored may hold `augment`, yes or no."""
+        if isinstance(values, dict) and isinstance(values.get("augment"), bool):
+            values = {"augmentation": "light" if values["augment"] else "none"} | values
+            del values["augment"]
+        return values
+
+    @field_validator("augmentation", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if value not in AUGMENTATIONS:
+            raise ValueError(f"must be one of {', '.join(AUGMENTATIONS)}, or a table, is {value!r}")
+        return AUGMENTATIONS[value]
 
 
 class ConstantStaleness(Value):

@@ -20,7 +20,7 @@ from detection.registry import ARCHS, DEFAULT_ARCH, build, load_backbone
 from detection.threads import use_threads
 from detection.weights import Arrays, exchanged_names, initial_state, load_state, state
 from federation.errors import BadDataset, BadJob, BadPayload
-from federation.jobs import MAP_50, JobSpec, TrainingPlan
+from federation.jobs import AUGMENTATIONS, MAP_50, JobSpec, TrainingPlan
 from federation.layout import Layout, TensorSpec
 
 CLASSES = ("red", "blue")
@@ -326,7 +326,7 @@ def test_augmented_boxes_stay_on_their_objects(dataset: Dataset) -> None:
     rng = np.random.default_rng(0)
     seen = 0
     for _ in range(8):
-        images, targets = batch(dataset, range(5), 96, rng, augment=True)
+        images, targets = batch(dataset, range(5), 96, rng, AUGMENTATIONS["strong"])
         assert images.min() >= 0
         assert images.max() <= 1
         for image, target in zip(images, targets, strict=True):
@@ -342,8 +342,63 @@ def test_augmented_boxes_stay_on_their_objects(dataset: Dataset) -> None:
 
 
 def test_without_augmentation_a_batch_is_the_images(dataset: Dataset) -> None:
-    images, targets = batch(dataset, [0, 5], 64, np.random.default_rng(0), augment=False)
+    images, targets = batch(dataset, [0, 5], 64, np.random.default_rng(0), AUGMENTATIONS["none"])
     assert torch.equal(images[0], dataset.square(0, 64).float() / 255)
     np.testing.assert_allclose(targets[0]["boxes"], dataset.items[0].boxes * [0.5, 64 / 96, 0.5, 64 / 96])
     assert targets[1]["boxes"].shape == (0, 4)
     assert whole_target(dataset, 5, 64)["labels"].dtype == torch.int64
+
+
+def test_the_generator_alone_decides_what_is_done_to_the_images(dataset: Dataset) -> None:
+    def drawn(seed: int) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        return batch(dataset, range(5), 64, np.random.default_rng(seed), AUGMENTATIONS["strong"])
+
+    torch.manual_seed(1)
+    images, targets = drawn(3)
+    torch.manual_seed(2)
+    again, targets_again = drawn(3)
+    assert torch.equal(images, again)
+    assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, targets_again, strict=True))
+    assert not torch.equal(images, drawn(4)[0])
+
+
+def test_each_part_of_the_augmentation_does_its_own(dataset: Dataset) -> None:
+    none = AUGMENTATIONS["none"]
+
+    def of(**changes: float) -> tuple[torch.Tensor, list[dict[str, torch.Tensor]]]:
+        policy = none.model_copy(update=changes)
+        return batch(dataset, range(5), 64, np.random.default_rng(0), policy)
+
+    plain, truth = of()
+    mirrored, targets = of(flip=1.0)
+    assert torch.equal(mirrored, plain.flip(-1))
+    for target, whole in zip(targets, truth, strict=True):
+        x0, y0, x1, y1 = whole["boxes"].unbind(1)
+        torch.testing.assert_close(target["boxes"], torch.stack([64 - x1, y0, 64 - x0, y1], dim=1))
+    for part in ({"brightness": 0.5}, {"contrast": 0.5}, {"saturation": 0.5}, {"hue": 0.3, "hue_share": 1.0}):
+        coloured, targets = of(**part)
+        assert (coloured != plain).any(dim=(1, 2, 3)).all(), part
+        assert all(torch.equal(a["boxes"], b["boxes"]) for a, b in zip(targets, truth, strict=True))
+    smaller, targets = of(rescale=1.0, min_scale=0.5, max_scale=1.0)
+    sides = [t["boxes"][0, 2:] - t["boxes"][0, :2] for t in targets]
+    for side, whole in zip(sides, truth, strict=True):
+        factor = side / (whole["boxes"][0, 2:] - whole["boxes"][0, :2])
+        assert (factor < 1).all()
+        assert (factor > 0.45).all()
+    assert (smaller.mul(255).round() == 114).all(dim=1).any(dim=(1, 2)).all(), "grey around a smaller image"
+
+
+def test_a_box_that_is_hardly_in_the_picture_is_left_out(dataset: Dataset) -> None:
+    """At four times the size most boxes are cut; what stays is at least 30 % of its own."""
+    policy = AUGMENTATIONS["none"].model_copy(update={"rescale": 1.0, "min_scale": 4.0, "max_scale": 4.0})
+    rng = np.random.default_rng(0)
+    whole = [whole_target(dataset, i, 256)["boxes"] for i in range(5)]
+    dropped = 0
+    for _ in range(10):
+        _, targets = batch(dataset, range(5), 64, rng, policy)
+        for target, boxes in zip(targets, whole, strict=True):
+            assert len(target["boxes"]) == len(target["labels"])
+            dropped += len(boxes) - len(target["boxes"])
+            smallest = ((boxes[:, 2:] - boxes[:, :2]).prod(dim=1)).min()
+            assert ((target["boxes"][:, 2:] - target["boxes"][:, :2]).prod(dim=1) >= 0.29 * smallest).all()
+    assert dropped > 10

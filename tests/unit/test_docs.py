@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from aggregator import decide
-from federation.jobs import JobSpec
+from federation.jobs import AUGMENTATIONS, JobSpec
 from federation.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,8 +18,9 @@ DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").
 
 
 def test_the_example_job_is_a_job() -> None:
-    (example,) = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "jobs.md").read_text(), re.S)
+    example, augmentation = re.findall(r"```toml\n(.*?)```", (ROOT / "docs" / "jobs.md").read_text(), re.S)
     spec = JobSpec.from_json(json.dumps(tomllib.loads(example)))
+    assert tomllib.loads(augmentation) == {"plan": {"augmentation": AUGMENTATIONS["light"].model_dump()}}
     assert spec.aggregation.strategy == "fedasync"
     # what is commented out is an example too
     optional = re.findall(r"^# (\w+ = .+?)(?:  +#.*)?$", example, re.M)

@@ -15,6 +15,7 @@ from federation.base import Value
 from federation.errors import BadJob, Rejected
 from federation.jobs import (
     AggregationPolicy,
+    Augmentation,
     HingeStaleness,
     Job,
     JobSpec,
@@ -176,6 +177,9 @@ def test_a_job_needs_only_its_id_and_classes() -> None:
         ({"plan": {"local_steps": 0}}, r"plan\.local_steps: "),
         ({"plan": {"epochs": 3}}, r"plan\.epochs: "),
         ({"plan": {"norm": "none"}}, r"plan\.norm: "),
+        ({"plan": {"augmentation": "mild"}}, r"plan\.augmentation: .*none, light, strong"),
+        ({"plan": {"augmentation": {"flip": 2.0}}}, r"plan\.augmentation\.flip: "),
+        ({"plan": {"augment": "yes"}}, r"plan\.augment: "),
         ({"plan": {"seed": 2**31}}, r"plan\.seed: "),
         ({"aggregation": {"strategy": "fedprox"}}, r"aggregation\.strategy: "),
         ({"aggregation": {"alpha": 0}}, r"aggregation\.alpha: "),
@@ -196,6 +200,21 @@ def test_a_mistake_in_a_job_is_named(changes: dict[str, Any], message: str) -> N
     with pytest.raises(BadJob, match=message) as info:
         spec(**changes)
     assert info.value.reason == "bad-job"
+
+
+def test_augmentation_has_a_name_or_numbers_and_is_stored_as_numbers() -> None:
+    def augmentation(**plan: Any) -> Augmentation:
+        return spec(plan=plan).plan.augmentation
+
+    assert augmentation() == augmentation(augmentation="light") == Augmentation()
+    assert augmentation(augmentation={"flip": 0.0}) == Augmentation(flip=0)
+    none, strong = augmentation(augmentation="none"), augmentation(augmentation="strong")
+    assert not none.moves
+    assert not none.colours
+    assert strong.max_scale > Augmentation().max_scale
+    assert b'"augmentation":{"flip":0.5' in spec(plan={"augmentation": "strong"}).to_json()
+    assert augmentation(augment=True) == Augmentation(), "the former name, in jobs that are stored"
+    assert augmentation(augment=False) == none
 
 
 def test_all_mistakes_are_named_at_once() -> None:
