@@ -69,6 +69,10 @@ class Settings(BaseSettings):
         description="share of time, 0 to 1, that training may compute; the rest it sleeps",
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of torch; 0: torch decides")
+    predict_cache: Path = Field(
+        default=Path(".fedqueue/predict"),
+        description="folder of the models that `fedqueue predict` keeps, for use without the store",
+    )
     poll_s: Seconds = Field(default=2.0, description="seconds between looks for a new version or an outcome")
     heartbeat_s: Seconds = Field(default=5.0, description="seconds between heartbeats of a site")
     heartbeat_ttl_s: Seconds = Field(

@@ -23,6 +23,8 @@ from storage.tensors import TensorFile, decode, encode, from_arrays
 
 Arrays = dict[str, NDArray[Any]]
 
+NORM_FILE = "norm.safetensors"
+
 
 def payload(kind: PayloadKind, version: TensorFile, trained: Mapping[str, NDArray[Any]]) -> TensorFile:
     """The exchanged tensors of weights `trained` that started from `version`.
@@ -37,6 +39,20 @@ def payload(kind: PayloadKind, version: TensorFile, trained: Mapping[str, NDArra
     flat = exchanged.flat.copy()
     flat[:weights] -= version.flat[:weights]
     return TensorFile(version.layout, flat, exchanged.ints)
+
+
+def has_own_norm(job: Job, folder: Path) -> bool:
+    """True if `folder` holds norm layers that this site has trained for itself."""
+    return job.spec.plan.norm == "local" and (folder / NORM_FILE).exists()
+
+
+def assemble(job: Job, initial: TensorFile, version: TensorFile, folder: Path) -> Arrays:
+    """All tensors of a model: the version's, this site's own in `folder` where they stay here, else the initial."""
+    arrays: Arrays = dict(initial.arrays())
+    if has_own_norm(job, folder):
+        arrays.update(decode((folder / NORM_FILE).read_bytes()).arrays())
+    arrays.update(version.arrays())
+    return arrays
 
 
 @dataclass(frozen=True)
@@ -60,11 +76,7 @@ class LocalModel:
 
     def assemble(self, version: TensorFile) -> Arrays:
         """All tensors to start training from: the version's, ours where they stay here, else the initial."""
-        arrays: Arrays = dict(self.pull(self.job.initial).arrays())
-        if self.job.spec.plan.norm == "local" and self._norm.exists():
-            arrays.update(decode(self._norm.read_bytes()).arrays())
-        arrays.update(version.arrays())
-        return arrays
+        return assemble(self.job, self.pull(self.job.initial), version, self.folder)
 
     def payload(self, version: TensorFile, trained: Arrays) -> bytes:
         """What to upload for weights `trained` that started from `version`."""
@@ -77,8 +89,4 @@ class LocalModel:
         exchanged = {t.name for t in version.layout.tensors}
         own = {name: array for name, array in trained.items() if name not in exchanged}
         if own:
-            replace_durably(self._norm, bytes(encode(from_arrays(own))))
-
-    @property
-    def _norm(self) -> Path:
-        return self.folder / "norm.safetensors"
+            replace_durably(self.folder / NORM_FILE, bytes(encode(from_arrays(own))))

@@ -100,20 +100,32 @@ class ModelCache:
     max_files: int
 
     def fetch(self, store: BlobStore, ref: ModelRef) -> Path:
-        """The model's file, downloaded and verified if it is not there yet.
+        """The model's file, downloaded if it is not there, or not what it was. Verified every time.
 
         Raises NotFound, BadPayload ("wrong-size" | "wrong-digest"), StoreUnavailable.
         """
-        path = self.folder / f"{ref.sha256}.safetensors"
+        path = self.path(ref)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not path.is_file() or path.stat().st_size != ref.nbytes:
+            if not self.holds(ref):
                 store.get_to_file(ref.key, path, nbytes=ref.nbytes, sha256=ref.sha256)
             os.utime(path)
             self._prune(path)
         except OSError as exc:
             raise StoreUnavailable(f"the model cache {self.folder} cannot be used: {exc}") from exc
         return path
+
+    def path(self, ref: ModelRef) -> Path:
+        """Where the model's file lies, if it does."""
+        return self.folder / f"{ref.sha256}.safetensors"
+
+    def holds(self, ref: ModelRef) -> bool:
+        """True if the file is there and its bytes are the model's. Raises OSError if it cannot be read."""
+        path = self.path(ref)
+        if not path.is_file() or path.stat().st_size != ref.nbytes:
+            return False
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest() == ref.sha256
 
     def _prune(self, newest: Path) -> None:
         others = [path for path in self.folder.glob("*.safetensors") if path != newest]

@@ -226,12 +226,16 @@ def test_a_model_is_downloaded_once(tmp_path: Path) -> None:
     assert store.downloads == 1
 
 
-def test_a_short_file_is_downloaded_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("found", [b"short", encode(model(2.0))], ids=["short", "another model"])
+def test_a_file_that_is_not_the_model_is_downloaded_again(tmp_path: Path, found: bytes) -> None:
     store = CountingStore()
-    ref = save_model(store, "job", model())
+    ref = save_model(store, "job", model(1.0))
     cache = ModelCache(tmp_path, max_files=2)
-    cache.fetch(store, ref).write_bytes(b"short")
-    assert cache.fetch(store, ref).read_bytes() == encode(model())
+    cache.fetch(store, ref).write_bytes(found)
+    assert not cache.holds(ref)
+    assert cache.fetch(store, ref).read_bytes() == encode(model(1.0))
+    assert cache.holds(ref)
+    assert store.downloads == 2
 
 
 def test_the_least_recently_used_models_go(tmp_path: Path) -> None:
