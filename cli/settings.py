@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from pydantic import SecretStr
-from rich.table import Table
+from rich.table import Column, Table
 
 from cli.options import console, load
 from federation.settings import env_name
@@ -17,7 +17,9 @@ def settings() -> None:
     Example: FEDQUEUE_HEARTBEAT_S=2 fedqueue settings
     """
     current = load()
-    table = Table("environment variable", "meaning, unit", "range", "value here", box=None)
+    table = Table(
+        Column("environment variable", no_wrap=True), "meaning, unit", "range", "value here", box=None
+    )
     for name, field in type(current).model_fields.items():
         value = getattr(current, name)
         shown = "(hidden)" if isinstance(value, SecretStr) and value.get_secret_value() else str(value)

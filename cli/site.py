@@ -34,10 +34,27 @@ def run(
     job: JobId,
     site: Annotated[str | None, typer.Option(envvar=env_name("site"), help="this site's name")] = None,
     annotations: Annotated[
-        Path | None, typer.Option(envvar=env_name("site_annotations"), help="COCO annotation file")
+        Path | None, typer.Option(envvar=env_name("site_annotations"), help="annotation file or folder")
     ] = None,
     images: Annotated[
-        Path | None, typer.Option(envvar=env_name("site_images"), help="folder of the images")
+        Path | None,
+        typer.Option(
+            envvar=env_name("site_images"), help="folder of the images; none: beside the annotations"
+        ),
+    ] = None,
+    format: Annotated[
+        str | None,
+        typer.Option(envvar=env_name("site_format"), help="coco, voc, yolo or street; none: recognised"),
+    ] = None,
+    cache_bytes: Annotated[
+        int | None,
+        typer.Option(envvar=env_name("site_cache_bytes"), help="bytes of decoded images in memory"),
+    ] = None,
+    disk_cache_bytes: Annotated[
+        int | None,
+        typer.Option(
+            envvar=env_name("site_disk_cache_bytes"), help="bytes of decoded images below --state; 0: none"
+        ),
     ] = None,
     state: Annotated[
         Path | None, typer.Option(envvar=env_name("site_state"), help="folder for outbox and model cache")
@@ -61,6 +78,9 @@ def run(
         site=site,
         site_annotations=annotations,
         site_images=images,
+        site_format=format,
+        site_cache_bytes=cache_bytes,
+        site_disk_cache_bytes=disk_cache_bytes,
         site_state=state,
         site_duty=duty,
         threads=threads,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -31,6 +31,7 @@ CLI_ENV_PREFIX = "FEDQUEUE_CLI_"
 """Flags of single commands, which are no settings: cli/ reads them."""
 DEFAULT_CONFIG = "fedqueue.toml"
 
+AnnotationFormat = Literal["coco", "voc", "yolo", "street"]
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 
 
@@ -59,8 +60,24 @@ class Settings(BaseSettings):
 
     # a site
     site: Name | None = Field(default=None, description="this site's name; also its broker user")
-    site_annotations: Path | None = Field(default=None, description="this site's COCO annotation file")
-    site_images: Path | None = Field(default=None, description="folder of this site's images")
+    site_annotations: Path | None = Field(
+        default=None, description="this site's annotations: a file or folder (docs/data.md)"
+    )
+    site_images: Path | None = Field(
+        default=None, description="folder of this site's images; none: looked for beside the annotations"
+    )
+    site_format: AnnotationFormat | None = Field(
+        default=None, description="of the annotations: coco, voc, yolo or street; none: recognised"
+    )
+    site_cache_bytes: int = Field(
+        default=512 << 20, ge=0, le=1 << 40, description="bytes of decoded images that are kept in memory"
+    )
+    site_disk_cache_bytes: int = Field(
+        default=0,
+        ge=0,
+        le=1 << 50,
+        description="bytes of decoded images that are kept below site_state; 0: none",
+    )
     site_state: Path = Field(default=Path(".fedqueue/site"), description="folder of outbox and model cache")
     site_duty: float = Field(
         default=1.0,
@@ -85,9 +102,15 @@ class Settings(BaseSettings):
         default=1 << 30, ge=1024, le=5 << 30, description="bytes; larger payloads are refused unread"
     )
     eval_annotations: Path | None = Field(
-        default=None, description="held-out COCO file of the evaluation worker"
+        default=None,
+        description="held-out annotations of the evaluation worker: a file or folder (docs/data.md)",
     )
-    eval_images: Path | None = Field(default=None, description="folder of the held-out images")
+    eval_images: Path | None = Field(
+        default=None, description="folder of the held-out images; none: looked for beside the annotations"
+    )
+    eval_format: AnnotationFormat | None = Field(
+        default=None, description="of the held-out annotations, like site_format"
+    )
     task_time_limit_s: int = Field(
         default=600, ge=10, le=1500, description="seconds; below the broker's 30-minute consumer timeout"
     )

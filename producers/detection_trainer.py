@@ -1,4 +1,4 @@
-"""Local training of detectors on a COCO-format data set: `detection` behind the agent's Trainer port."""
+"""Local training of detectors on a site's own images: `detection` behind the agent's Trainer port."""
 
 from __future__ import annotations
 
@@ -11,38 +11,64 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection import engine
-from detection.dataset import Dataset, load_dataset
+from detection.cache import DiskCache
+from detection.dataset import DEFAULT_CACHE_BYTES, Dataset, load_dataset
 from detection.threads import use_threads
 from federation.errors import BadSettings
 from federation.jobs import JobSpec
 from federation.settings import Settings
 from producers.agent import Progress, Trained
 
+DECODED = ".decoded"
+"""Folder of decoded images below `site_state`, where each job has a folder of its name: no name has a dot."""
+
 log = logging.getLogger("fedqueue.site")
 
 
 @dataclass
 class DetectionTrainer:
-    """`duty`: share of the time, 0 to 1, that training may compute."""
+    """`duty`: share of the time, 0 to 1, that training may compute. `images`, `format`: found out if None.
+
+    `disk_cache`: folder of decoded images and its limit in bytes; None: they are kept in memory alone.
+    """
 
     annotations: Path
-    images: Path
+    images: Path | None
     duty: float = 1.0
+    format: str | None = None
+    cache_bytes: int = DEFAULT_CACHE_BYTES
+    disk_cache: tuple[Path, int] | None = None
     _dataset: Dataset | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings) -> DetectionTrainer:
         """Raises BadSettings if the settings name no data."""
-        if settings.site_annotations is None or settings.site_images is None:
+        if settings.site_annotations is None:
             raise BadSettings(
-                "a site needs its data: set FEDQUEUE_SITE_ANNOTATIONS (a COCO file) and FEDQUEUE_SITE_IMAGES (a folder)"
+                "a site needs its data: set FEDQUEUE_SITE_ANNOTATIONS (a file or folder, docs/data.md) and"
+                " FEDQUEUE_SITE_IMAGES (a folder)"
             )
         use_threads(settings.threads)
-        return cls(settings.site_annotations, settings.site_images, settings.site_duty)
+        disk_bytes = settings.site_disk_cache_bytes
+        return cls(
+            settings.site_annotations,
+            settings.site_images,
+            settings.site_duty,
+            settings.site_format,
+            settings.site_cache_bytes,
+            (settings.site_state / DECODED, disk_bytes) if disk_bytes else None,
+        )
 
     def prepare(self, spec: JobSpec) -> None:
         """Raises BadDataset with every defect of the data, before any training starts."""
-        self._dataset = load_dataset(self.annotations, self.images, spec.classes)
+        self._dataset = load_dataset(
+            self.annotations,
+            self.images,
+            spec.classes,
+            format=self.format,
+            cache_bytes=self.cache_bytes,
+            disk=None if self.disk_cache is None else DiskCache(*self.disk_cache),
+        )
         log.info("%d images, %d bytes that stay here", self._dataset.num_examples, self._dataset.image_bytes)
 
     def train(

@@ -67,16 +67,16 @@ def _overtaken(context: Context, job: Job, version: int) -> bool:
 
 def _held_out(context: Context, job: Job) -> Dataset:
     settings = context.settings
-    if settings.eval_annotations is None or settings.eval_images is None:
+    if settings.eval_annotations is None:
         raise BadSettings(
             "this job is evaluated centrally, but the worker has no held-out set: set FEDQUEUE_EVAL_ANNOTATIONS "
             "and FEDQUEUE_EVAL_IMAGES, or create the job with evaluation.every = 0"
         )
-    return _load(settings.eval_annotations, settings.eval_images, job.spec.classes)
+    return _load(settings.eval_annotations, settings.eval_images, settings.eval_format, job.spec.classes)
 
 
 @lru_cache(maxsize=4)
-def _load(annotations: Path, images: Path, classes: tuple[str, ...]) -> Dataset:
+def _load(annotations: Path, images: Path | None, format: str | None, classes: tuple[str, ...]) -> Dataset:
     from detection.dataset import load_dataset
 
-    return load_dataset(annotations, images, classes)
+    return load_dataset(annotations, images, classes, format=format)

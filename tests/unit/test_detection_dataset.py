@@ -172,7 +172,7 @@ def test_a_flood_of_defects_is_cut(folder: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("{", "is not JSON"), ("[]", "COCO object"), ('{"images": 3}', "'images' must be a list")],
+    [("{", "is not JSON"), ("[3]", "Federated Street"), ('{"images": 3}', "'images' must be a list")],
 )
 def test_what_is_not_a_coco_file(tmp_path: Path, text: str, expected: str) -> None:
     file = tmp_path / "site.json"

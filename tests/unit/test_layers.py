@@ -59,6 +59,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "pycocotools": {"detection"},
     "PIL": {"detection", "cli"},
     "matplotlib": {"detection", "cli"},
+    "yaml": {"detection"},  # data.yaml of YOLO data sets
     "rich": {"cli"},
     "typer": {"cli"},
     "click": {"cli"},

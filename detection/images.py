@@ -1,0 +1,102 @@
+"""Image files: finding them, looking at them, decoding them to what a detector takes."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from federation.errors import BadDataset
+
+SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+REDUCING_GAP = 2
+"""A JPEG may be decoded at a half, quarter or eighth of its size as long as this many times the wanted side is left."""
+_ORIENTATION = 0x0112  # EXIF; 1 is upright
+_NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclass(frozen=True, slots=True)
+class ImageFile:
+    """A file that was looked at: pixels, bytes, content. `upright` is False if a JPEG's EXIF tells viewers to
+    turn it."""
+
+    width: int
+    height: int
+    nbytes: int
+    sha256: str
+    upright: bool
+
+
+def image_files(folder: Path) -> list[str]:
+    """Paths of all image files below `folder`, by suffix, relative to it with "/", sorted. Hidden ones are not."""
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    return sorted(path.as_posix() for path in found if not any(part.startswith(".") for part in path.parts))
+
+
+def header_size(path: Path) -> tuple[int, int] | None:
+    """Width and height in pixels from the file's header; None if it is not a readable image."""
+    try:
+        with _quiet(), Image.open(path) as image:
+            return image.size
+    except _NOT_AN_IMAGE:
+        return None
+
+
+def inspect(path: Path, known: Callable[[str], bool] = lambda sha256: False) -> ImageFile:
+    """Look at a file, down to its last pixel, because a truncated one is found only so.
+
+    A content that was decoded before, which `known` says of a sha256, is not decoded again. Raises BadDataset that
+    says what is wrong.
+    """
+    with _opened(path) as (data, image):
+        file = _describe(data, image)
+        if not known(file.sha256):
+            image.load()
+    return file
+
+
+def decode_square(path: Path, side: int) -> tuple[NDArray[np.uint8], ImageFile]:
+    """The image resized to uint8 [side, side, 3], RGB, and what file it was. Raises BadDataset."""
+    with _opened(path) as (data, image):
+        file = _describe(data, image)
+        image.draft("RGB", (REDUCING_GAP * side, REDUCING_GAP * side))
+        pixels = np.array(image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR))
+    return pixels, file
+
+
+def _describe(data: bytes, image: Image.Image) -> ImageFile:
+    # of a JPEG alone: it is cameras that turn images so, and a PNG would be decoded to find it
+    upright = image.format != "JPEG" or image.getexif().get(_ORIENTATION, 1) == 1
+    return ImageFile(image.width, image.height, len(data), hashlib.sha256(data).hexdigest(), upright)
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[bytes, Image.Image]]:
+    data = _read(path)
+    try:
+        with _quiet(), Image.open(io.BytesIO(data)) as image:
+            yield data, image
+    except _NOT_AN_IMAGE as exc:
+        raise BadDataset(f"{path}: cannot be read as an image ({exc}): replace the file") from exc
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError as exc:
+        raise BadDataset(f"{path}: there is no such file") from exc
+    except OSError as exc:
+        raise BadDataset(f"{path}: cannot be read: {exc.strerror}") from exc
+
+
+def _quiet() -> warnings.catch_warnings[None]:
+    """A very large image is unusual, not wrong."""
+    return warnings.catch_warnings(action="ignore", category=Image.DecompressionBombWarning)
