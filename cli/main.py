@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from cli import audit, deadletter, demo, gc, job, model, predict, server, settings, site, worker
+from cli import audit, data, deadletter, demo, gc, job, model, predict, server, settings, site, worker
 
 app = typer.Typer(
     name="fedqueue",
@@ -17,6 +17,7 @@ app.command("demo")(demo.demo)
 app.add_typer(site.app, name="site")
 app.add_typer(job.app, name="job")
 app.add_typer(model.app, name="model")
+app.add_typer(data.app, name="data")
 app.add_typer(server.app, name="server")
 app.add_typer(deadletter.app, name="deadletter")
 app.command("audit")(audit.audit)

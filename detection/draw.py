@@ -86,11 +86,64 @@ def contact_sheet(
 
     `found[i]` are the detections in `items[i]`. A legend names the classes.
     """
-    margin, gap = 24, 12
     tiles = []
     for item, one in zip(items, found, strict=True):
         with Image.open(item.path) as image:
             tiles.append(draw(image, one, classes, item.boxes, width=width))
+    _lay_out(tiles, classes, out, title=title, columns=columns, width=width, truth=True)
+
+
+def annotation_sheet(
+    items: Sequence[Item],
+    classes: Sequence[str],
+    out: Path,
+    *,
+    title: str = "",
+    count: int = 12,
+    columns: int = 3,
+    width: int = 480,
+) -> None:
+    """Write one picture of `count` images, evenly spaced among `items`, with their labelled boxes.
+
+    For a person who wants to see whether boxes and names fit the images. Large boxes are drawn first.
+    """
+    tiles = []
+    for index in evenly(len(items), count):
+        item = items[index]
+        with Image.open(item.path) as image:
+            scale = width / item.width
+            canvas = image.convert("RGB").resize(
+                (width, round(item.height * scale)), Image.Resampling.LANCZOS
+            )
+        pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(size=11)
+        areas = (item.boxes[:, 2:] - item.boxes[:, :2]).prod(axis=1)
+        for i in np.argsort(-areas, kind="stable"):
+            box, label = [float(v) * scale for v in item.boxes[i]], int(item.labels[i])
+            colour = colour_of(label)
+            pen.rectangle(box, outline=colour, width=2)
+            _tag(pen, font, classes[label - 1], box, colour, canvas.size)
+        _tag(pen, font, item.path.name, (0, canvas.height, 0, canvas.height), PAPER, canvas.size)
+        tiles.append(canvas)
+    _lay_out(tiles, classes, out, title=title, columns=columns, width=width, truth=False)
+
+
+def evenly(count: int, wanted: int) -> list[int]:
+    """At most `wanted` indices below `count`, evenly spaced, the first and the last among them."""
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, wanted))}) if count else []
+
+
+def _lay_out(
+    tiles: Sequence[Image.Image],
+    classes: Sequence[str],
+    out: Path,
+    *,
+    title: str,
+    columns: int,
+    width: int,
+    truth: bool,
+) -> None:
+    """Tiles of one width in rows, under a title and a legend. `truth`: white boxes are in the legend too."""
+    margin, gap = 24, 12
     columns = max(1, min(columns, len(tiles)))
     rows = [tiles[i : i + columns] for i in range(0, len(tiles), columns)]
     heights = [max(tile.height for tile in row) for row in rows]
@@ -100,7 +153,7 @@ def contact_sheet(
     pen = ImageDraw.Draw(sheet)
     if title:
         pen.text((margin, 14), title, fill=INK, font=ImageFont.load_default(size=24))
-    _legend(pen, classes, margin, header - 34)
+    _legend(pen, classes, margin, header - 34, sheet_width - margin, truth)
     y = header
     for row, height in zip(rows, heights, strict=True):
         for column, tile in enumerate(row):
@@ -109,13 +162,22 @@ def contact_sheet(
     sheet.save(out)
 
 
-def _legend(pen: ImageDraw.ImageDraw, classes: Sequence[str], x: float, y: float) -> None:
+def _legend(
+    pen: ImageDraw.ImageDraw, classes: Sequence[str], x: float, y: float, right: float, truth: bool
+) -> None:
+    """The classes' colours from x to `right`, as many as there is room for."""
     font = ImageFont.load_default(size=15)
     entries = [(name, colour_of(i), colour_of(i)) for i, name in enumerate(classes, start=1)]
-    for name, fill, outline in [*entries, ("ground truth", TRUTH, INK)]:
+    if truth:
+        entries.append(("ground truth", TRUTH, INK))
+    for name, fill, outline in entries:
+        width = 19 + pen.textlength(name, font=font)
+        if x + width > right:
+            pen.text((x, y), "…", fill=INK, font=font)
+            return
         pen.rectangle([x, y + 3, x + 13, y + 16], fill=fill, outline=outline)
         pen.text((x + 19, y), name, fill=INK, font=font)
-        x += 19 + pen.textlength(name, font=font) + 18
+        x += width + 18
 
 
 def plot_map(

@@ -31,6 +31,7 @@ def test_the_commands_of_the_documentation_are_there() -> None:
     for noun, verbs in {
         "site": "run list",
         "job": "create status history",
+        "data": "check split convert",
         "model": "list pull",
         "deadletter": "list show requeue",
         "server": "init definitions bucket-policy",
