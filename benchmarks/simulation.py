@@ -4,7 +4,7 @@ Each site trains with `detection.engine` and each update is merged by `aggregato
 the sites would finish; only the clock is simulated. So a site that is ten times slower costs no more to simulate,
 and the same seed gives the same curve on every machine of one kind, however busy it is.
 
-    a site starts      from the newest version; it trains `local_steps` steps of `step_time` each
+    a site starts      from the newest version; it trains as many steps as the plan says, of `step_time` each
     it finishes        its update is merged with the staleness that it has then, and it starts again
     at most `concurrency` sites train at one time; who waits longest starts next
 
@@ -79,7 +79,6 @@ def federate(
     """
     model, state, version = from_arrays(initial), None, 0
     synchronous = spec.aggregation.strategy == "fedavg"
-    steps_per_update = spec.plan.local_steps
     waiting: deque[Site] = deque(sites)
     running: list[_Finish] = []
     attempts: Counter[tuple[str, int]] = Counter()
@@ -93,13 +92,13 @@ def federate(
             site = waiting.popleft()
             attempt = attempts[site.name, version]
             attempts[site.name, version] += 1
-            finish = now + steps_per_update * site.step_time
+            finish = now + spec.plan.steps_for(site.dataset.num_examples) * site.step_time
             heapq.heappush(running, _Finish(finish, order, site, model, version, attempt))
             order += 1
         done = heapq.heappop(running)
         now = done.time
         update, tensors = _train(spec, done)
-        steps += steps_per_update
+        steps += spec.plan.steps_for(done.site.dataset.num_examples)
         group.append((update, tensors))
         merge = Merge(spec, model.layout, model.flat.copy(), model.ints.copy(), _copy(state), version)
         complete = len(group) == merge.needed
@@ -126,14 +125,12 @@ def federate(
 
 def _train(spec: JobSpec, run: _Finish) -> tuple[ClientUpdate, TensorFile]:
     """The site's update, as `producers.agent` makes it."""
-    versions = spec.stop.max_versions
     trained = engine.train(
         spec,
         run.base.arrays(),
         run.site.dataset,
         seed=training_seed(spec.plan.seed, run.site.name, run.base_version, run.attempt),
-        progress=min(run.base_version / versions, 1.0),
-        progress_per_step=1 / (versions * spec.plan.local_steps),
+        progress=spec.progress(run.base_version),
     )
     kind = spec.aggregation.payload_kind
     sent = payload_of(kind, run.base, trained.weights)

@@ -82,7 +82,7 @@ def submit(
     if _exists(store, spec.id):
         raise BadJob(f"there is a job {spec.id!r} already: choose another id")
     arrays = initial_state(spec, pretrained)
-    exchanged = {name: arrays[name] for name in exchanged_names(module_for(spec), spec.plan.norm)}
+    exchanged = {name: arrays[name] for name in exchanged_names(module_for(spec), spec.plan)}
     files = {
         "initial": save_model(store, spec.id, from_arrays(arrays)),
         "first": save_model(store, spec.id, from_arrays(exchanged)),

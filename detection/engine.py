@@ -2,7 +2,8 @@
 
 Every call starts a fresh optimiser from the weights it is given, because between two updates of a site the
 global model has moved and old moments point elsewhere. On the CPU the result is a pure function of
-(spec, weights, dataset, seed, progress): the same bytes every time on the same machine and thread count.
+(spec, weights, dataset, seed, progress): the same bytes every time on the same machine and thread count. A GPU
+promises less.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from detection.augment import batch
+from detection.augment import Target, batch
 from detection.dataset import Dataset
 from detection.threads import keep_freed_memory
 from detection.weights import Arrays, load_state, module_for, state
@@ -33,6 +35,12 @@ class Diverged(Rejected):
     """Training left the finite numbers; there is no update."""
 
     reason = "diverged"
+
+
+class OutOfMemory(Rejected):
+    """Training needs more memory than this machine has; there is no update."""
+
+    reason = "out-of-memory"
 
 
 @dataclass(frozen=True)
@@ -60,70 +68,95 @@ def train(
     dataset: Dataset,
     *,
     seed: int,
-    progress: float,
-    progress_per_step: float,
+    progress: tuple[float, float],
     steps: int | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     duty: float = 1.0,
+    device: torch.device | str = "cpu",
 ) -> Trained:
     """Run the job's plan on local images from the full state `weights`, which is not changed.
 
     seed: of shuffling, augmentation and sampling; give every update its own.
-    progress: how far the job is, 0..1 (base_version / max_versions), for the learning-rate schedule;
-        each step moves it on by `progress_per_step`.
-    steps: gradient steps; default `spec.plan.local_steps`.
+    progress: how far the job is, 0..1, at the first step and after the last (`JobSpec.progress`), for the
+        learning-rate schedule.
+    steps: gradient steps; default what the plan says for so many images.
     duty: share of the time, 0 < duty ≤ 1, that may be computed; after each step the rest is slept.
 
-    Raises Diverged when the loss or a weight is no longer finite, BadPayload if `weights` are not this
-    architecture's, BadDataset if the data set has other classes than the job or a file cannot be read any
+    Raises Diverged when the loss or a weight is no longer finite, OutOfMemory, BadPayload if `weights` are not
+    this architecture's, BadDataset if the data set has other classes than the job or a file cannot be read any
     more. An exception from `on_step` ends training and reaches the caller.
     """
     if tuple(dataset.classes) != tuple(spec.classes):
         raise BadDataset(f"the data set was read for classes {dataset.classes}, the job has {spec.classes}")
     if not 0 < duty <= 1:
         raise ValueError(f"duty must be in (0, 1], is {duty}")
+    total = spec.plan.steps_for(dataset.num_examples) if steps is None else steps
+    where = torch.device(device)
+    try:
+        return _train(spec, weights, dataset, seed, progress, total, on_step, duty, where)
+    except (MemoryError, RuntimeError) as exc:
+        if not _is_out_of_memory(exc):
+            raise
+    # Raised out here: the exception above holds every tensor of the step until it is forgotten.
+    if where.type == "cuda":
+        torch.cuda.empty_cache()
+    raise OutOfMemory(
+        f"the memory of this {'GPU' if where.type == 'cuda' else 'machine'} is not enough: end other programs, or"
+        f" lower the plan's batch_size ({spec.plan.batch_size}) or image_size ({spec.plan.image_size})"
+    )
+
+
+def _train(
+    spec: JobSpec,
+    weights: Mapping[str, NDArray[np.generic]],
+    dataset: Dataset,
+    seed: int,
+    progress: tuple[float, float],
+    steps: int,
+    on_step: Callable[[StepReport], None] | None,
+    duty: float,
+    device: torch.device,
+) -> Trained:
     plan = spec.plan
-    total = plan.local_steps if steps is None else steps
     keep_freed_memory()
     module = module_for(spec)
     load_state(module, weights)
+    module.to(device)
     began = time.perf_counter()
+    start, end = progress
+
+    def rate(step: int) -> float:
+        return learning_rate(plan, step, start + (end - start) * step / steps)
+
     # the samplers of Faster R-CNN draw from torch's global generator
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        losses = _train_steps(
-            module,
-            dataset,
-            plan,
-            total,
-            np.random.default_rng(seed),
-            lambda step: learning_rate(plan, step, progress + step * progress_per_step),
-            on_step,
-            duty,
-        )
+        rng = np.random.default_rng(seed)
+        losses = _train_steps(module, dataset, plan, steps, rng, rate, on_step, duty, device)
     trained = state(module)
     if not all(np.isfinite(array).all() for array in trained.values()):
-        raise Diverged(f"a weight is not finite after {total} steps: lower the plan's learning_rate")
+        raise Diverged(f"a weight is not finite after {steps} steps: lower the plan's learning_rate")
     metrics = {
         "loss": float(np.mean(losses[-10:])) if losses else 0.0,
-        "steps": float(total),
-        "epochs": total * plan.batch_size / dataset.num_examples,
+        "steps": float(steps),
+        "epochs": steps * plan.batch_size / dataset.num_examples,
         "seconds": time.perf_counter() - began,
     }
     return Trained(trained, dataset.num_examples, metrics)
 
 
 def learning_rate(plan: TrainingPlan, step: int, progress: float) -> float:
-    """Linear warm-up over the update's first steps, times a cosine over the job's progress (0..1).
+    """Linear warm-up over the update's first steps, times a schedule over the job's progress (0..1).
 
-    The cosine ends at `final_learning_rate_fraction` of the peak (Loshchilov, Hutter 2017, arXiv 1608.03983).
+    Cosine (Loshchilov, Hutter 2017, arXiv 1608.03983) and linear end at `final_learning_rate_fraction` of the peak.
     """
     warmup = min(1.0, (step + 1) / (plan.warmup_steps + 1))
-    if plan.schedule == "constant":
-        return plan.learning_rate * warmup
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
+    done = min(1.0, max(0.0, progress))
+    falling = {"constant": 1.0, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done}[
+        plan.schedule
+    ]
     floor = plan.final_learning_rate_fraction
-    return plan.learning_rate * warmup * (floor + (1 - floor) * cosine)
+    return plan.learning_rate * warmup * (floor + (1 - floor) * falling)
 
 
 def _train_steps(
@@ -135,31 +168,38 @@ def _train_steps(
     rate: Callable[[int], float],
     on_step: Callable[[StepReport], None] | None,
     duty: float,
+    device: torch.device,
 ) -> list[float]:
-    """Gradient steps in place on `module`; the loss of each."""
+    """Gradient steps in place on `module`; the loss of each, without the proximal term."""
     module.train()
-    if plan.norm == "frozen":
-        _freeze_batch_norm(module)
+    freeze(module, plan)
     parameters = [p for p in module.parameters() if p.requires_grad]
+    base = [p.detach().clone() for p in parameters] if plan.proximal_mu else []
     optimizer = _optimizer(parameters, plan)
+    precision, scaler = _mixed_precision(plan, device)
     indices = _sample(dataset.num_examples, plan.batch_size, rng)
     losses: list[float] = []
     for step in range(steps):
-        began = time.perf_counter()
+        began, lr = time.perf_counter(), rate(step)
         for group in optimizer.param_groups:
-            group["lr"] = rate(step)
+            group["lr"] = lr
         images, targets = batch(dataset, next(indices), plan.image_size, rng, plan.augmentation)
-        loss = _forward(module, images, targets, plan)
+        with precision:
+            loss = _forward(module, *to_device(images, targets, device), plan)
         value = loss.item()
         if not math.isfinite(value):
             raise Diverged(
-                f"the loss became {value} at step {step + 1} of {steps} (learning rate {rate(step):.2g}):"
+                f"the loss became {value} at step {step + 1} of {steps} (learning rate {lr:.2g}):"
                 " lower the plan's learning_rate or lengthen warmup_steps"
             )
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.unscale_(optimizer)
+        if plan.proximal_mu:
+            add_proximal_gradient(parameters, base, plan.proximal_mu)
         nn.utils.clip_grad_norm_(parameters, plan.gradient_norm_limit)
-        optimizer.step()
+        scaler.step(optimizer)
+        scaler.update()
         losses.append(value)
         if duty < 1:
             time.sleep((time.perf_counter() - began) * (1 / duty - 1))
@@ -168,11 +208,14 @@ def _train_steps(
     return losses
 
 
-def _forward(
-    module: nn.Module, images: torch.Tensor, targets: list[dict[str, torch.Tensor]], plan: TrainingPlan
-) -> torch.Tensor:
+def to_device(images: Tensor, targets: list[Target], device: torch.device) -> tuple[Tensor, list[Target]]:
+    """A batch where the module is."""
+    return images.to(device), [{name: value.to(device) for name, value in t.items()} for t in targets]
+
+
+def _forward(module: nn.Module, images: Tensor, targets: list[Target], plan: TrainingPlan) -> Tensor:
     try:
-        losses: dict[str, torch.Tensor] = module(images, targets)
+        losses: dict[str, Tensor] = module(images, targets)
     except ValueError as exc:
         # BatchNorm has no statistics of one value: the last maps of SSDlite are 1x1
         if plan.batch_size == 1 and "more than 1 value per channel" in str(exc):
@@ -181,13 +224,38 @@ def _forward(
     return torch.stack(list(losses.values())).sum()
 
 
+@torch.no_grad()
+def add_proximal_gradient(parameters: list[nn.Parameter], base: list[Tensor], mu: float) -> None:
+    """Add the gradient of (μ/2)·|w - w_base|² to that of the loss. FedProx: Li et al. 2020, arXiv 1812.06127, eq. 2."""
+    for parameter, start in zip(parameters, base, strict=True):
+        if parameter.grad is not None:
+            parameter.grad.add_(parameter - start, alpha=mu)
+
+
 def _optimizer(parameters: list[nn.Parameter], plan: TrainingPlan) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov, Hutter 2019, arXiv 1711.05101); decay on matrices and kernels only."""
+    """AdamW (Loshchilov, Hutter 2019, arXiv 1711.05101) or SGD; decay on matrices and kernels only."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": plan.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, fused=True)
+    if plan.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, fused=True)
+    return torch.optim.SGD(
+        groups, lr=plan.learning_rate, momentum=plan.momentum, nesterov=plan.nesterov, fused=True
+    )
+
+
+def _mixed_precision(
+    plan: TrainingPlan, device: torch.device
+) -> tuple[AbstractContextManager[object], torch.amp.GradScaler]:
+    """How the forward pass is computed, and how the loss is scaled: on the CPU both do nothing.
+
+    fp16 needs the scaling, bf16 has float32's range. Micikevicius et al. 2018, arXiv 1710.03740.
+    """
+    used = plan.mixed_precision if device.type == "cuda" else "off"
+    dtype = torch.float16 if used == "fp16" else torch.bfloat16
+    autocast = nullcontext() if used == "off" else torch.autocast(device.type, dtype)
+    return autocast, torch.amp.GradScaler(device.type, enabled=used == "fp16")
 
 
 def _sample(count: int, size: int, rng: np.random.Generator) -> Iterator[list[int]]:
@@ -200,9 +268,22 @@ def _sample(count: int, size: int, rng: np.random.Generator) -> Iterator[list[in
         del waiting[:size]
 
 
-def _freeze_batch_norm(module: nn.Module) -> None:
-    for layer in module.modules():
-        if isinstance(layer, _BatchNorm):
+def freeze(module: nn.Module, plan: TrainingPlan) -> None:
+    """Hold what the plan does not train: parameters get no gradient, and BatchNorm there counts no statistics.
+
+    No gradient flows back into layers before which everything is frozen, which saves their backward pass.
+    """
+    for name, parameter in module.named_parameters():
+        if plan.freezes(name):
+            parameter.requires_grad_(False)
+    for name, layer in module.named_modules():
+        if plan.freezes(name):
             layer.eval()
-            for parameter in layer.parameters(recurse=False):
-                parameter.requires_grad_(False)
+        elif plan.norm == "frozen" and isinstance(layer, _BatchNorm):
+            layer.eval().requires_grad_(False)
+
+
+def _is_out_of_memory(exc: Exception) -> bool:
+    """CUDA has a class for it, the allocator of the CPU only words."""
+    words = ("not enough memory", "can't allocate memory")
+    return isinstance(exc, MemoryError | torch.OutOfMemoryError) or any(word in str(exc) for word in words)

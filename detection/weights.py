@@ -1,15 +1,15 @@
 """Between torch modules and named numpy arrays, the form in which models are stored and merged.
 
 A *full* state holds every tensor of the detector. What sites exchange may be less: a job whose norm policy is
-`local` or `frozen` leaves BatchNorm layers out whole, statistics, counters and affine parameters, so its
-version files hold the rest and `job.initial` holds all.
+`local` or `frozen` leaves BatchNorm layers out whole, statistics, counters and affine parameters, and layers of its
+plan's `freeze` are left out, too. So its version files hold the rest and `job.initial` holds all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -18,10 +18,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from detection.registry import build
-from federation.errors import BadPayload
-from federation.jobs import JobSpec
+from federation.errors import BadJob, BadPayload
+from federation.jobs import JobSpec, TrainingPlan
 
-Norm = Literal["average", "local", "frozen"]
 Arrays = dict[str, NDArray[np.float32] | NDArray[np.int64]]
 
 
@@ -66,13 +65,29 @@ def batch_norm_names(module: nn.Module) -> frozenset[str]:
     )
 
 
-def exchanged_names(module: nn.Module, norm: Norm) -> list[str]:
+def exchanged_names(module: nn.Module, plan: TrainingPlan) -> list[str]:
     """Names of the tensors that a site sends and receives, sorted.
 
-    `average`: all. `local` (FedBN, Li et al. 2021, arXiv 2102.07623) and `frozen`: all but BatchNorm's.
+    Norm policy `average`: all. `local` (FedBN, Li et al. 2021, arXiv 2102.07623) and `frozen`: all but
+    BatchNorm's. In each case without the layers of `plan.freeze`. Raises BadJob if one of these is none of the
+    module's, or nothing is left to train.
     """
-    kept_home = frozenset() if norm == "average" else batch_norm_names(module)
-    return sorted(set(module.state_dict()) - kept_home)
+    parameters = dict(module.named_parameters())
+    for layer in plan.freeze:
+        only = plan.model_copy(update={"freeze": (layer,)})
+        if not any(only.freezes(name) for name in parameters):
+            raise BadJob(f"plan.freeze: {layer!r} is no layer with weights: {_suggest(module, layer)}")
+    kept_home = frozenset() if plan.norm == "average" else batch_norm_names(module)
+    exchanged = {name for name in module.state_dict() if name not in kept_home and not plan.freezes(name)}
+    if not exchanged & parameters.keys():
+        raise BadJob("plan.freeze and plan.norm leave nothing to train together: freeze fewer layers")
+    return sorted(exchanged)
+
+
+def _suggest(module: nn.Module, layer: str) -> str:
+    names = [name for name, _ in module.named_modules() if name]
+    close = get_close_matches(layer, names, n=3) or [name for name in names if name.count(".") == 0]
+    return f"is one of {', '.join(close)} meant?"
 
 
 def module_for(spec: JobSpec, pretrained: Path | None = None) -> nn.Module:

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
+from math import ceil
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AwareDatetime, Field, StringConstraints, field_validator, model_validator
+from pydantic import AliasChoices, AwareDatetime, Field, StringConstraints, field_validator, model_validator
 
 from federation.base import Value
 from federation.ids import Name, Sha256
@@ -16,6 +17,7 @@ MAX_VERSION = 10**9
 MAP_50 = "mAP@0.5"
 ClassName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:@\[\]/ -]{1,64}$")]
+LayerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=256)]
 PayloadKind = Literal["weights", "difference"]
 
 
@@ -76,35 +78,68 @@ class TrainingPlan(Value):
     image_size: int = Field(default=256, ge=64, le=2048, description="input side, pixels")
     batch_size: int = Field(default=16, ge=1, le=1024, description="images per gradient step")
     local_steps: int = Field(default=40, ge=1, le=100_000, description="gradient steps per update")
-    learning_rate: float = Field(default=2e-3, gt=0, le=10, description="peak learning rate (AdamW)")
+    local_epochs: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="passes over the site's images per update; decides when given",
+    )
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: float = Field(default=2e-3, gt=0, le=10, description="peak learning rate")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd")
+    nesterov: bool = Field(default=False, description="sgd")
     weight_decay: float = Field(default=0.02, ge=0, le=1, description="on matrices and kernels only")
     warmup_steps: int = Field(default=10, ge=0, description="linear warm-up at the start of every update")
-    schedule: Literal["constant", "cosine"] = Field(
-        default="cosine", description="cosine: over the job's versions, from base_version / stop.max_versions"
+    schedule: Literal["constant", "cosine", "linear"] = Field(
+        default="cosine",
+        description="cosine, linear: over the job's versions, from base_version / stop.max_versions",
     )
     final_learning_rate_fraction: float = Field(default=0.02, ge=0, le=1)
     gradient_norm_limit: float = Field(default=10.0, gt=0)
+    proximal_mu: float = Field(
+        default=0.0, ge=0, le=1000, description="FedProx: (μ/2)·|w - w_base|² (arXiv 1812.06127)"
+    )
+    mixed_precision: Literal["off", "bf16", "fp16"] = Field(
+        default="off", description="autocast on CUDA; a site that trains on its CPU ignores it"
+    )
     augmentation: Augmentation = Field(
-        default=AUGMENTATIONS["light"], description="none | light | strong, or its fields one by one"
+        default=AUGMENTATIONS["light"],
+        # jobs that are stored may hold the former `augment`, yes or no
+        validation_alias=AliasChoices("augmentation", "augment"),
+        description="none | light | strong, or its fields one by one",
     )
     norm: Literal["average", "local", "frozen"] = Field(
         default="average",
         description="BatchNorm layers: merged | kept by each site (FedBN, arXiv 2102.07623) | never trained",
     )
+    freeze: tuple[LayerName, ...] = Field(
+        default=(),
+        max_length=1000,
+        description="layers that are never trained and never sent, with all below them",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
 
-    @model_validator(mode="before")
-    @classmethod
-    def _former_names(cls, values: Any) -> Any:
-        """Jobs that are stored may hold `augment`, yes or no."""
-        if isinstance(values, dict) and isinstance(values.get("augment"), bool):
-            values = {"augmentation": "light" if values["augment"] else "none"} | values
-            del values["augment"]
-        return values
+    def steps_for(self, num_examples: int) -> int:
+        """Gradient steps of one update of a site with so many images; at least one."""
+        if self.local_epochs is None:
+            return self.local_steps
+        return max(1, ceil(self.local_epochs * num_examples / self.batch_size))
+
+    def freezes(self, name: str) -> bool:
+        """Whether tensor `name` is one of `freeze` or belongs to such a layer."""
+        return any(f"{name}.".startswith(f"{layer}.") for layer in self.freeze)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
+            raise ValueError("nesterov is a kind of momentum: set optimizer = 'sgd' and momentum above 0")
+        return self
 
     @field_validator("augmentation", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
+        if isinstance(value, bool):
+            return AUGMENTATIONS["light" if value else "none"]
         if not isinstance(value, str):
             return value
         if value not in AUGMENTATIONS:
@@ -247,6 +282,14 @@ class JobSpec(Value):
         if self.aggregation.strategy == "fedavg" and not self.participants:
             raise ValueError("participants: fedavg waits for every invited site, so it must name them")
         return self
+
+    def progress(self, base_version: int) -> tuple[float, float]:
+        """How far the job is, 0..1, at the start and at the end of an update from `base_version`.
+
+        An update moves it on by the share of one version, whatever its number of steps.
+        """
+        versions = self.stop.max_versions
+        return min(base_version / versions, 1.0), min((base_version + 1) / versions, 1.0)
 
     @property
     def inflight_limit(self) -> int:

@@ -82,14 +82,12 @@ class DetectionTrainer:
     ) -> Trained:
         """The job's plan from `weights`; the learning rate follows the job's progress through its versions."""
         assert self._dataset is not None, "prepare() comes first"
-        versions = spec.stop.max_versions
         return engine.train(
             spec,
             weights,
             self._dataset,
             seed=seed,
-            progress=min(base_version / versions, 1.0),
-            progress_per_step=1 / (versions * spec.plan.local_steps),
+            progress=spec.progress(base_version),
             duty=self.duty,
             on_step=lambda report: on_progress(Progress(report.step, report.steps, report.epoch)),
         )

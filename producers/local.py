@@ -87,6 +87,7 @@ class LocalModel:
         if self.job.spec.plan.norm != "local":
             return
         exchanged = {t.name for t in version.layout.tensors}
-        own = {name: array for name, array in trained.items() if name not in exchanged}
+        freezes = self.job.spec.plan.freezes  # what is frozen is in the initial model
+        own = {name: a for name, a in trained.items() if name not in exchanged and not freezes(name)}
         if own:
             replace_durably(self.folder / NORM_FILE, bytes(encode(from_arrays(own))))

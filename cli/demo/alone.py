@@ -92,8 +92,7 @@ def _train(
         initial,
         dataset,
         seed=spec.plan.seed,
-        progress=0.0,
-        progress_per_step=1 / steps,
+        progress=(0.0, 1.0),
         steps=steps,
         on_step=report,
     )

@@ -14,11 +14,21 @@ from PIL import Image, ImageDraw
 
 from detection.augment import batch, whole_target
 from detection.dataset import Dataset, load_dataset
-from detection.engine import Diverged, StepReport, Trained, learning_rate, train
+from detection.engine import (
+    Diverged,
+    OutOfMemory,
+    StepReport,
+    Trained,
+    add_proximal_gradient,
+    freeze,
+    learning_rate,
+    to_device,
+    train,
+)
 from detection.evaluate import evaluate
 from detection.registry import ARCHS, DEFAULT_ARCH, build, load_backbone
 from detection.threads import use_threads
-from detection.weights import Arrays, exchanged_names, initial_state, load_state, state
+from detection.weights import Arrays, exchanged_names, initial_state, load_state, module_for, state
 from federation.errors import BadDataset, BadJob, BadPayload
 from federation.jobs import AUGMENTATIONS, MAP_50, JobSpec, TrainingPlan
 from federation.layout import Layout, TensorSpec
@@ -67,7 +77,7 @@ def spec(arch: str = DEFAULT_ARCH, **plan: Any) -> JobSpec:
 
 
 def run(job: JobSpec, weights: Mapping[str, Any], dataset: Dataset, seed: int = 1, **options: Any) -> Trained:
-    return train(job, weights, dataset, seed=seed, progress=0.0, progress_per_step=0.0, **options)
+    return train(job, weights, dataset, seed=seed, progress=(0.0, 0.0), **options)
 
 
 def same(a: Arrays, b: Arrays) -> bool:
@@ -159,9 +169,9 @@ def test_load_state_names_what_does_not_fit() -> None:
 def test_norm_policy_decides_what_is_exchanged() -> None:
     module = build(DEFAULT_ARCH, 2, 64)
     everything = set(module.state_dict())
-    assert set(exchanged_names(module, "average")) == everything
-    exchanged = set(exchanged_names(module, "local"))
-    assert exchanged == set(exchanged_names(module, "frozen"))
+    assert set(exchanged_names(module, TrainingPlan())) == everything
+    exchanged = set(exchanged_names(module, TrainingPlan(norm="local")))
+    assert exchanged == set(exchanged_names(module, TrainingPlan(norm="frozen")))
     kept = everything - exchanged
     assert {n.rsplit(".", 1)[1] for n in kept} == {
         "weight",
@@ -227,7 +237,7 @@ def test_frozen_norm_trains_everything_else(dataset: Dataset) -> None:
     job = spec(norm="frozen")
     weights = initial_state(job)
     trained = run(job, weights, dataset).weights
-    exchanged = exchanged_names(build(DEFAULT_ARCH, 2, 64), "frozen")
+    exchanged = exchanged_names(build(DEFAULT_ARCH, 2, 64), job.plan)
     for name in weights.keys() - set(exchanged):
         assert np.array_equal(weights[name], trained[name]), name
     assert not np.array_equal(
@@ -306,16 +316,211 @@ def test_learning_rate() -> None:
     assert learning_rate(plan, 9, 1.7) == pytest.approx(0.1), "a late update of a job that is over its end"
     constant = plan.model_copy(update={"schedule": "constant"})
     assert learning_rate(constant, 9, 0.9) == 1.0
+    linear = plan.model_copy(update={"schedule": "linear"})
+    assert [learning_rate(linear, 9, done) for done in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.55, 0.1])
+    assert learning_rate(linear, 0, 0.5) == pytest.approx(0.55 / 4)
+
+
+def test_the_rate_moves_from_the_progress_at_the_start_to_that_at_the_end(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[float] = []
+
+    def note(plan: TrainingPlan, step: int, progress: float) -> float:
+        seen.append(progress)
+        return learning_rate(plan, step, progress)
+
+    job = spec()
+    monkeypatch.setattr("detection.engine.learning_rate", note)
+    train(job, initial_state(job), dataset, seed=1, progress=(0.2, 0.6), steps=4)
+    assert seen == pytest.approx([0.2, 0.3, 0.4, 0.5])
+
+
+def test_epochs_decide_the_steps(dataset: Dataset) -> None:
+    job = spec(local_epochs=1.5, batch_size=4, local_steps=7)
+    trained = run(job, initial_state(job), dataset)
+    assert trained.metrics["steps"] == 3  # 6 images, 1.5 times, by 4
+    assert trained.metrics["epochs"] == 2.0
 
 
 def test_overfitting_a_few_images_raises_map(dataset: Dataset) -> None:
     job = spec(batch_size=6, learning_rate=4e-3, warmup_steps=5, image_size=96)
     weights = initial_state(job)
     before = evaluate(job, weights, dataset).metrics[MAP_50]
-    trained = train(job, weights, dataset, seed=0, progress=0, progress_per_step=1 / 60, steps=60)
+    trained = train(job, weights, dataset, seed=0, progress=(0.0, 1.0), steps=60)
     after = evaluate(job, trained.weights, dataset).metrics[MAP_50]
     assert before < 0.1
     assert after > 0.5
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        {"optimizer": "sgd"},
+        {"optimizer": "sgd", "nesterov": True},
+        {"optimizer": "sgd", "momentum": 0.0},
+        {"proximal_mu": 1.0},
+        {"local_steps": 3},
+    ],
+    ids=str,
+)
+def test_every_choice_of_the_plan_changes_training_and_keeps_it_deterministic(
+    plan: dict[str, Any], dataset: Dataset
+) -> None:
+    job, plain = spec(**plan), spec()
+    weights = initial_state(job)
+    first = run(job, weights, dataset)
+    assert same(first.weights, run(job, weights, dataset).weights)
+    assert not same(first.weights, run(plain, weights, dataset).weights)
+
+
+def test_mixed_precision_has_no_effect_on_the_cpu(dataset: Dataset) -> None:
+    weights = initial_state(spec())
+    plain = run(spec(), weights, dataset).weights
+    for precision in ("bf16", "fp16"):
+        assert same(run(spec(mixed_precision=precision), weights, dataset).weights, plain)
+
+
+def test_proximal_gradient_is_that_of_the_proximal_term() -> None:
+    """FedProx: h(w) = F(w) + (μ/2)·|w - w_base|², against autograd."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(4, 3)
+    base = [p.detach().clone() for p in layer.parameters()]
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.add_(torch.randn_like(p))
+    x = torch.randn(5, 4)
+    (
+        layer(x).square().sum()
+        + 0.35 * sum((p - b).square().sum() for p, b in zip(layer.parameters(), base, strict=True))
+    ).backward()
+    expected = [p.grad.clone() for p in layer.parameters() if p.grad is not None]
+    layer.zero_grad()
+    layer(x).square().sum().backward()
+    add_proximal_gradient(list(layer.parameters()), base, 0.7)
+    torch.testing.assert_close([p.grad for p in layer.parameters()], expected)
+    assert len(expected) == 2
+
+
+def test_a_strong_proximal_term_keeps_the_weights_near_their_base(dataset: Dataset) -> None:
+    def moved(mu: float) -> float:
+        job = spec(
+            optimizer="sgd",
+            momentum=0.0,
+            learning_rate=1e-2,
+            weight_decay=0.0,
+            gradient_norm_limit=1e9,
+            proximal_mu=mu,
+            local_steps=4,
+        )
+        weights = initial_state(job)
+        trained = run(job, weights, dataset).weights
+        return sum(float(np.abs(trained[n] - weights[n]).sum()) for n in weights if n.endswith("weight"))
+
+    assert moved(50.0) < 0.8 * moved(0.0)
+
+
+# --- frozen layers -------------------------------------------------------------------------------------
+
+STEM = ("backbone.body.conv1", "backbone.body.stage2")
+
+
+def test_frozen_layers_are_neither_trained_nor_sent(dataset: Dataset) -> None:
+    job = spec(freeze=STEM)
+    weights = initial_state(job)
+    trained = run(job, weights, dataset).weights
+    exchanged = set(exchanged_names(module_for(job), job.plan))
+    frozen = weights.keys() - exchanged
+    assert frozen == {n for n in weights if n.startswith(("backbone.body.conv1.", "backbone.body.stage2."))}
+    assert any(n.endswith("running_mean") for n in frozen)
+    for name in frozen:
+        assert np.array_equal(weights[name], trained[name]), name
+    later = "backbone.body.stage3.0.branch1.0.weight"
+    assert not np.array_equal(weights[later], trained[later])
+    assert not np.array_equal(
+        weights["backbone.body.stage3.0.branch1.1.running_mean"],
+        trained["backbone.body.stage3.0.branch1.1.running_mean"],
+    )
+
+
+def test_no_gradient_flows_into_frozen_first_layers(dataset: Dataset) -> None:
+    job = spec(freeze=STEM)
+    module = module_for(job).train()
+    freeze(module, job.plan)
+    maps: list[torch.Tensor] = []
+    module.get_submodule("backbone.body.stage2").register_forward_hook(lambda *call: maps.append(call[2]))
+    images, targets = batch(dataset, [0, 1], 64, np.random.default_rng(0), job.plan.augmentation)
+    module(images, targets)
+    assert [m.requires_grad for m in maps] == [False]
+
+
+def test_a_name_is_frozen_whole_and_not_by_its_first_letters() -> None:
+    plan = TrainingPlan(freeze=("backbone.body.conv1",))
+    assert plan.freezes("backbone.body.conv1.0.weight")
+    assert plan.freezes("backbone.body.conv1")
+    assert not plan.freezes("backbone.body.conv10.weight")
+    assert not plan.freezes("backbone.body")
+
+
+def test_frozen_single_tensors_and_norm_policies_go_together() -> None:
+    module = build(DEFAULT_ARCH, 2, 64)
+    bias = "head.regression_head.bbox_reg.bias"
+    assert bias not in exchanged_names(module, TrainingPlan(freeze=(bias,)))
+    both = set(exchanged_names(module, TrainingPlan(freeze=STEM, norm="local")))
+    assert both == set(exchanged_names(module, TrainingPlan(freeze=STEM))) & set(
+        exchanged_names(module, TrainingPlan(norm="local"))
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        (("backbone.body.conv2",), "backbone.body.conv1"),
+        ((*STEM, "nothing"), "'nothing' is no layer"),
+        (("backbone.body.conv1.1.running_mean",), "no layer with weights"),
+        (("backbone", "head"), "leave nothing to train"),
+    ],
+)
+def test_freezing_what_cannot_be_is_a_mistake_of_the_job(layers: tuple[str, ...], message: str) -> None:
+    with pytest.raises(BadJob, match=message):
+        exchanged_names(build(DEFAULT_ARCH, 2, 64), TrainingPlan(freeze=layers))
+
+
+# --- memory and devices --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["allocator", "python"])
+def test_too_little_memory_is_an_error_that_says_what_to_lower(
+    kind: str, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def greedy(*call: object) -> torch.Tensor:
+        return torch.empty(1 << 55) if kind == "allocator" else torch.tensor(bytearray(1 << 60))
+
+    monkeypatch.setattr("detection.engine._forward", greedy)
+    job = spec()
+    with pytest.raises(OutOfMemory, match=r"batch_size \(2\) or image_size \(64\)") as caught:
+        run(job, initial_state(job), dataset)
+    assert caught.value.reason == "out-of-memory"
+    assert caught.value.__context__ is None, "a kept traceback would keep the tensors of the step"
+
+
+def test_other_errors_of_torch_are_not_taken_for_memory(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(*call: object) -> torch.Tensor:
+        return torch.zeros(2) + torch.zeros(3)
+
+    monkeypatch.setattr("detection.engine._forward", wrong)
+    job = spec()
+    with pytest.raises(RuntimeError, match="size of tensor"):
+        run(job, initial_state(job), dataset)
+
+
+def test_a_batch_goes_to_the_device_whole(dataset: Dataset) -> None:
+    images, targets = batch(dataset, [0, 1], 64, np.random.default_rng(0), AUGMENTATIONS["none"])
+    moved, moved_targets = to_device(images, targets, torch.device("meta"))
+    assert moved.is_meta
+    assert all(value.is_meta for target in moved_targets for value in target.values())
 
 
 # --- augmentation --------------------------------------------------------------------------------------

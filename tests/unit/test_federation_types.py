@@ -180,6 +180,13 @@ def test_a_job_needs_only_its_id_and_classes() -> None:
         ({"plan": {"augmentation": "mild"}}, r"plan\.augmentation: .*none, light, strong"),
         ({"plan": {"augmentation": {"flip": 2.0}}}, r"plan\.augmentation\.flip: "),
         ({"plan": {"augment": "yes"}}, r"plan\.augment: "),
+        ({"plan": {"local_epochs": 0}}, r"plan\.local_epochs: "),
+        ({"plan": {"optimizer": "adam"}}, r"plan\.optimizer: "),
+        ({"plan": {"nesterov": True}}, r"plan: .*optimizer = 'sgd'"),
+        ({"plan": {"nesterov": True, "optimizer": "sgd", "momentum": 0}}, r"plan: .*momentum above 0"),
+        ({"plan": {"proximal_mu": -0.1}}, r"plan\.proximal_mu: "),
+        ({"plan": {"mixed_precision": True}}, r"plan\.mixed_precision: "),
+        ({"plan": {"freeze": ["backbone."]}}, r"plan\.freeze\.0: "),
         ({"plan": {"seed": 2**31}}, r"plan\.seed: "),
         ({"aggregation": {"strategy": "fedprox"}}, r"aggregation\.strategy: "),
         ({"aggregation": {"alpha": 0}}, r"aggregation\.alpha: "),
@@ -215,6 +222,33 @@ def test_augmentation_has_a_name_or_numbers_and_is_stored_as_numbers() -> None:
     assert b'"augmentation":{"flip":0.5' in spec(plan={"augmentation": "strong"}).to_json()
     assert augmentation(augment=True) == Augmentation(), "the former name, in jobs that are stored"
     assert augmentation(augment=False) == none
+
+
+def test_steps_of_an_update() -> None:
+    plan = TrainingPlan(local_steps=20, batch_size=16)
+    assert plan.steps_for(1) == plan.steps_for(10_000) == 20
+    passes = plan.model_copy(update={"local_epochs": 2.0})
+    assert [passes.steps_for(n) for n in (1, 16, 17, 160)] == [1, 2, 3, 20]
+
+
+def test_progress_of_a_job_is_its_share_of_versions() -> None:
+    job = spec(stop={"max_versions": 4})
+    assert [job.progress(v) for v in (0, 3, 4, 9)] == [(0, 0.25), (0.75, 1), (1, 1), (1, 1)]
+
+
+def test_a_job_of_the_first_release_is_still_read() -> None:
+    """As job.json was written before the plan had more choices."""
+    raw = (
+        '{"id":"street","classes":["car"],"arch":"fcos_shufflenet_v2_x0_5","participants":null,"plan":{"image_size":256,'
+        '"batch_size":16,"local_steps":20,"learning_rate":0.003,"weight_decay":0.02,"warmup_steps":3,"schedule":"cosine",'
+        '"final_learning_rate_fraction":0.02,"gradient_norm_limit":10.0,"augment":true,"norm":"average","seed":0},'
+        '"aggregation":{"strategy":"fedasync","alpha":0.8,"staleness":{"kind":"polynomial","a":0.5},"buffer_size":10,'
+        '"server_learning_rate":1.0,"server_optimizer":null,"weight_by_examples":false,"max_staleness":100,'
+        '"max_pending":64},"stop":{"max_versions":75},"evaluation":{"every":0},"max_inflight":null}'
+    )
+    old = JobSpec.from_json(raw)
+    assert old.plan == TrainingPlan(local_steps=20, learning_rate=0.003, warmup_steps=3)
+    assert JobSpec.from_json(old.to_json()) == old
 
 
 def test_all_mistakes_are_named_at_once() -> None:
