@@ -1,13 +1,14 @@
 """Exchanges, queues and keys: the one place that names them. Both brokers build what is described here.
 
     exchange       kind    who publishes                             key
-    fed.updates    topic   sites                                     updates.<site>, heartbeats.<site>
+    fed.updates    topic   sites                                     updates.<site>, reports.<site>, heartbeats.<site>
     fed.control    topic   server                                    all.<what>, <site>.<what>
     fed.tasks      topic   server: ingress and tasks                 merge.<task>, evaluate.<task>
     fed.dead       topic   broker (dead letters), ingress            the key that the message had
 
     queue          kind    bound to                    when it is full      in the end
-    fed.updates    quorum  fed.updates updates.*       refuse the publish   dead letter
+    fed.updates    quorum  fed.updates updates.*,      refuse the publish   dead letter
+                                       reports.*
     fed.heartbeats classic fed.updates heartbeats.*    drop the oldest      dropped after 30 s
     fed.merge      quorum  fed.tasks   merge.#         refuse the publish   dead letter; one reader at a time
     fed.evaluate   quorum  fed.tasks   evaluate.#      refuse the publish   dead letter
@@ -30,6 +31,7 @@ from pika.exceptions import ChannelClosedByBroker
 
 from federation.errors import AccessDenied, BadSettings, BrokerUnavailable, Fatal, FedqueueError
 from federation.ids import is_name
+from federation.types import SERVER
 
 UPDATES_EXCHANGE = "fed.updates"
 CONTROL_EXCHANGE = "fed.control"
@@ -92,7 +94,7 @@ class QueueSpec:
 
     @property
     def routing_key(self) -> str:
-        """The first binding key, which is the only one of every queue but a site's."""
+        """The first binding key, which is the only one of a queue of tasks."""
         return self.keys[0]
 
     @property
@@ -120,11 +122,13 @@ class QueueSpec:
         return table
 
 
-def _work_queue(name: str, exchange: str, key: str, limit: int, single_active: bool = False) -> QueueSpec:
+def _work_queue(
+    name: str, exchange: str, keys: tuple[str, ...], limit: int, single_active: bool = False
+) -> QueueSpec:
     return QueueSpec(
         name=name,
         exchange=exchange,
-        keys=(key,),
+        keys=keys,
         quorum=True,
         max_length=WORK_MAX_LENGTH,
         max_bytes=WORK_MAX_BYTES,
@@ -140,7 +144,7 @@ def queues(delivery_limit: int = DELIVERY_LIMIT) -> tuple[QueueSpec, ...]:
         QueueSpec(
             name=DEAD, exchange=DEAD_EXCHANGE, keys=("#",), quorum=True, delivery_limit=NO_DELIVERY_LIMIT
         ),
-        _work_queue(UPDATES, UPDATES_EXCHANGE, "updates.*", delivery_limit),
+        _work_queue(UPDATES, UPDATES_EXCHANGE, ("updates.*", "reports.*"), delivery_limit),
         QueueSpec(
             name=HEARTBEATS,
             exchange=UPDATES_EXCHANGE,
@@ -149,8 +153,8 @@ def queues(delivery_limit: int = DELIVERY_LIMIT) -> tuple[QueueSpec, ...]:
             max_length=HEARTBEAT_MAX_LENGTH,
             ttl_s=HEARTBEAT_TTL_S,
         ),
-        _work_queue(MERGE, TASKS_EXCHANGE, "merge.#", delivery_limit, single_active=True),
-        _work_queue(EVALUATE, TASKS_EXCHANGE, "evaluate.#", delivery_limit),
+        _work_queue(MERGE, TASKS_EXCHANGE, ("merge.#",), delivery_limit, single_active=True),
+        _work_queue(EVALUATE, TASKS_EXCHANGE, ("evaluate.#",), delivery_limit),
     )
 
 
@@ -184,10 +188,11 @@ def site_queue(site: str) -> QueueSpec:
 
 
 def site_name(site: str) -> str:
-    """`site` itself. Raises BadSettings if it is not a name, or the one that means everybody."""
-    if not is_name(site) or site == BROADCAST:
+    """`site` itself. Raises BadSettings if it is not a name, or one that means everybody or the server."""
+    if not is_name(site) or site in (BROADCAST, SERVER):
         raise BadSettings(
-            f"{site!r} cannot name a site: use lower-case letters, digits and hyphens, and not {BROADCAST!r}"
+            f"{site!r} cannot name a site: use lower-case letters, digits and hyphens, and neither {BROADCAST!r} "
+            f"nor {SERVER!r}"
         )
     return site
 

@@ -36,6 +36,7 @@ class Point(StrEnum):
     PUBLISHED = "the version is in the log, nobody is told"
     TOLD = "the sites are told, the publish's message is not acknowledged"
     # a worker: the rest
+    REPORT_KEPT = "a site's report is stored, its message is not acknowledged"
     JOB_WRITTEN = "job.json is written, the log has not begun"
     LETTER_KEPT = "the dead letter is stored, its message is not acknowledged"
     COLLECTED = "the log says what retention removes, nothing is deleted"

@@ -78,6 +78,19 @@ class Settings(BaseSettings):
         le=1 << 50,
         description="bytes of decoded images that are kept below site_state; 0: none",
     )
+    site_eval_annotations: Path | None = Field(
+        default=None, description="annotations of this site's validation images, which it never trains on"
+    )
+    site_eval_images: Path | None = Field(
+        default=None,
+        description="folder of the validation images; none: site_images, or beside their annotations",
+    )
+    site_eval_fraction: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of site_images, 0 to 1, to validate with instead; chosen by their content, never trained on",
+    )
     site_state: Path = Field(default=Path(".fedqueue/site"), description="folder of outbox and model cache")
     site_duty: float = Field(
         default=1.0,
@@ -161,6 +174,14 @@ class Settings(BaseSettings):
                 f"heartbeat_ttl_s is {self.heartbeat_ttl_s:g}, must be at least twice heartbeat_s "
                 f"({self.heartbeat_s:g}): one lost heartbeat is no dead site"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _validation(self) -> Self:
+        if self.site_eval_annotations is None and self.site_eval_images is not None:
+            raise ValueError("site_eval_images needs site_eval_annotations")
+        if self.site_eval_annotations is not None and self.site_eval_fraction:
+            raise ValueError("set site_eval_annotations or site_eval_fraction, not both")
         return self
 
     @property

@@ -60,7 +60,7 @@ class SiteStatus(Value):
 
     schema_version: Literal[1] = 1
     site: Name
-    state: Literal["idle", "pulling", "training", "uploading", "waiting", "stopped"]
+    state: Literal["idle", "pulling", "training", "uploading", "evaluating", "waiting", "stopped"]
     job: Name | None = None
     base_version: int | None = Field(default=None, ge=0, le=MAX_VERSION)
     step: int = Field(default=0, ge=0)

@@ -1,11 +1,13 @@
 """The messages between sites and server: the only place that knows them. Written down in docs/protocol.md.
 
     update      site -> server   exchange fed.updates, key updates.<site>,    persistent, mandatory, confirmed
+    report      site -> server   exchange fed.updates, key reports.<site>,    persistent, mandatory, confirmed
     heartbeat   site -> server   exchange fed.updates, key heartbeats.<site>, transient, short-lived
     control     server -> site   exchange fed.control, key all.<what> or <site>.<what>; only a hint
 
-Bodies are UTF-8 JSON of at most MAX_BODY_BYTES. Nothing in a body says who sent it that the broker has not
-checked: `user_id` must equal the site in the routing key, and the site in the body must equal both.
+Bodies are UTF-8 JSON of at most MAX_BODY_BYTES, a report's of MAX_REPORT_BYTES. Nothing in a body says who sent it
+that the broker has not checked: `user_id` must equal the site in the routing key, and the site in the body must equal
+both.
 """
 
 from __future__ import annotations
@@ -20,11 +22,14 @@ from federation.base import Value, describe
 from federation.errors import BadMessage
 from federation.ids import Name, UpdateId, is_name
 from federation.jobs import MAX_VERSION
-from federation.types import ClientUpdate, SiteStatus
+from federation.types import SERVER, ClientUpdate, Evaluation, SiteStatus
 
 MAX_BODY_BYTES = 4096
+MAX_REPORT_BYTES = 16 * 1024
+"""Three measures of some two hundred classes; and what a dead letter keeps whole."""
 JSON_TYPE = "application/json"
 UPDATE_TYPE = "fedqueue.update.v1"
+REPORT_TYPE = "fedqueue.report.v1"
 HEARTBEAT_TYPE = "fedqueue.heartbeat.v1"
 CONTROL_TYPE = "fedqueue.control.v1"
 
@@ -115,6 +120,29 @@ def decode_update(delivery: Delivery) -> ClientUpdate:
     return update
 
 
+def encode_report(evaluation: Evaluation) -> Message:
+    """What a site measured of a version. Raises BadMessage if that is larger than a message may be."""
+    body = evaluation.to_json()
+    if len(body) > MAX_REPORT_BYTES:
+        raise BadMessage(
+            f"the report is {len(body)} bytes, at most {MAX_REPORT_BYTES}: leave out per_class", "too-large"
+        )
+    return Message(
+        routing_key=f"reports.{evaluation.who}", body=body, type=REPORT_TYPE, user_id=evaluation.who
+    )
+
+
+def decode_report(delivery: Delivery) -> Evaluation:
+    """Raises BadMessage with the reason for the dead letter."""
+    site = _authenticated_site(delivery, "reports", REPORT_TYPE, MAX_REPORT_BYTES)
+    evaluation = Evaluation.from_json(delivery.body, BadMessage)
+    if evaluation.who != site or site == SERVER:
+        raise BadMessage(
+            f"the body says that {evaluation.who!r} measured, the routing key {site!r}", "wrong-site"
+        )
+    return evaluation
+
+
 def encode_heartbeat(status: SiteStatus, ttl_s: float) -> Message:
     return Message(
         routing_key=f"heartbeats.{status.site}",
@@ -151,7 +179,9 @@ def decode_control(delivery: Delivery) -> NewVersion | Outcome | JobClosed:
         raise BadMessage(f"control message: {describe(exc)}") from exc
 
 
-def _authenticated_site(delivery: Delivery, prefix: str, expected_type: str) -> str:
+def _authenticated_site(
+    delivery: Delivery, prefix: str, expected_type: str, max_bytes: int = MAX_BODY_BYTES
+) -> str:
     kind, _, site = delivery.routing_key.partition(".")
     if kind != prefix or not is_name(site):
         raise BadMessage(f"routing key {delivery.routing_key!r} is not {prefix}.<site>", "wrong-routing-key")
@@ -159,13 +189,13 @@ def _authenticated_site(delivery: Delivery, prefix: str, expected_type: str) -> 
         raise BadMessage(
             f"property user_id is {delivery.user_id!r}, must be {site!r} as in the routing key", "wrong-user"
         )
-    _check_envelope(delivery, expected_type)
+    _check_envelope(delivery, expected_type, max_bytes)
     return site
 
 
-def _check_envelope(delivery: Delivery, expected_type: str) -> None:
-    if len(delivery.body) > MAX_BODY_BYTES:
-        raise BadMessage(f"body of {len(delivery.body)} bytes, at most {MAX_BODY_BYTES}", "too-large")
+def _check_envelope(delivery: Delivery, expected_type: str, max_bytes: int = MAX_BODY_BYTES) -> None:
+    if len(delivery.body) > max_bytes:
+        raise BadMessage(f"body of {len(delivery.body)} bytes, at most {max_bytes}", "too-large")
     if delivery.content_type != JSON_TYPE:
         raise BadMessage(f"content type {delivery.content_type!r}, must be {JSON_TYPE}", "wrong-content-type")
     if delivery.type != expected_type:

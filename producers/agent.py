@@ -39,6 +39,7 @@ from federation.types import ClientUpdate, Head
 from federation.wire import Delivery, JobClosed, decode_control
 from producers.backoff import Backoff
 from producers.delivery import Courier
+from producers.evaluation import LocalEvaluation
 from producers.follow import Follower
 from producers.heartbeat import Heartbeat
 from producers.local import LocalModel
@@ -123,6 +124,7 @@ class SiteAgent:
         self._attempts: dict[int, int] = {}
         self._epochs = 0.0
         self._next_hint = 0.0
+        self._evaluation: LocalEvaluation | None = None
 
     def run(self) -> None:
         """Raises Fatal if this site cannot take part (credentials, settings), BadDataset for its data."""
@@ -135,6 +137,11 @@ class SiteAgent:
                 model = LocalModel(
                     job, self._store, ModelCache(self._folder / "models", CACHED_MODELS), self._folder
                 )
+                self._evaluation = LocalEvaluation.of(
+                    self.site, model, self._broker, self._trainer, self._measuring
+                )
+                if self._evaluation is not None:
+                    self._follower.on_record = self._evaluation.saw
                 while not self._stop.is_set():
                     if self._persist(lambda: self._step(job, model)):
                         break
@@ -149,6 +156,10 @@ class SiteAgent:
         self._courier.deliver()
         self._heartbeat.update(outbox=0, updates=self._courier.confirmed)
         head = self._follower.look()
+        while self._evaluation is not None and self._evaluation.turn():
+            head = self._follower.look()  # that took a while
+            if head.closed is None:
+                break  # the last version is measured, too; before that, no evaluation follows another
         owed = len(self._outbox.sent())
         if head.closed and not owed:
             log.info("the job is closed: %s", head.closed)
@@ -226,6 +237,11 @@ class SiteAgent:
             self._next_hint = time.monotonic() + RESYNC_EVERY * self._settings.poll_s
             if self._is_closed():
                 raise Closed
+
+    def _measuring(self, images: int, of: int) -> None:
+        self._heartbeat.update(state="evaluating", step=images, steps=of, detail="")
+        if self._stop.is_set():
+            raise Stopped
 
     def _is_closed(self) -> bool:
         """Asked in the middle of training: work for a closed job would be thrown away. A hint is enough."""

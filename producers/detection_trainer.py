@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,13 @@ from numpy.typing import NDArray
 from detection import engine
 from detection.cache import DiskCache
 from detection.dataset import DEFAULT_CACHE_BYTES, Dataset, load_dataset
+from detection.evaluate import Evaluated, evaluate
 from detection.threads import use_threads
 from federation.errors import BadSettings
 from federation.jobs import JobSpec
 from federation.settings import Settings
 from producers.agent import Progress, Trained
+from producers.validation import Validation
 
 DECODED = ".decoded"
 """Folder of decoded images below `site_state`, where each job has a folder of its name: no name has a dot."""
@@ -38,6 +41,8 @@ class DetectionTrainer:
     format: str | None = None
     cache_bytes: int = DEFAULT_CACHE_BYTES
     disk_cache: tuple[Path, int] | None = None
+    validation: Validation = field(default_factory=Validation)
+    _validation: Dataset | None = None
     _dataset: Dataset | None = None
 
     @classmethod
@@ -57,11 +62,12 @@ class DetectionTrainer:
             settings.site_format,
             settings.site_cache_bytes,
             (settings.site_state / DECODED, disk_bytes) if disk_bytes else None,
+            Validation.from_settings(settings),
         )
 
     def prepare(self, spec: JobSpec) -> None:
         """Raises BadDataset with every defect of the data, before any training starts."""
-        self._dataset = load_dataset(
+        dataset = load_dataset(
             self.annotations,
             self.images,
             spec.classes,
@@ -69,6 +75,7 @@ class DetectionTrainer:
             cache_bytes=self.cache_bytes,
             disk=None if self.disk_cache is None else DiskCache(*self.disk_cache),
         )
+        self._dataset, self._validation = self.validation.apart(dataset, spec.classes)
         log.info("%d images, %d bytes that stay here", self._dataset.num_examples, self._dataset.image_bytes)
 
     def train(
@@ -91,3 +98,23 @@ class DetectionTrainer:
             duty=self.duty,
             on_step=lambda report: on_progress(Progress(report.step, report.steps, report.epoch)),
         )
+
+    @property
+    def num_validation_images(self) -> int:
+        return 0 if self._validation is None else self._validation.num_examples
+
+    def evaluate(
+        self, spec: JobSpec, weights: Mapping[str, NDArray[np.generic]], on_image: Callable[[int], None]
+    ) -> Evaluated:
+        """Average precision of `weights` on the validation images."""
+        assert self._validation is not None, "prepare() found validation images"
+        began = time.perf_counter()
+
+        def rest(done: int) -> None:
+            nonlocal began
+            if self.duty < 1:
+                time.sleep((time.perf_counter() - began) * (1 / self.duty - 1))
+            on_image(done)
+            began = time.perf_counter()
+
+        return evaluate(spec, weights, self._validation, rest)

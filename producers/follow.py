@@ -7,6 +7,7 @@ was away and whatever control messages it missed.
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from federation.types import Closed, Head, LogRecord, Published, Refused
@@ -22,6 +23,8 @@ class Follower:
 
     log: VersionLog
     outbox: Outbox
+    on_record: Callable[[Head, Head], None] = lambda before, after: None
+    """Told of each head and the one that followed it; of the first one, that it follows itself."""
     _last: LogRecord | None = None
 
     def look(self) -> Head:
@@ -31,8 +34,10 @@ class Follower:
         """
         if self._last is None:
             self._last = self._start()
+            self.on_record(self._last.head, self._last.head)
         for record in self.log.history(self._last.seq + 1):
             self._settle(record)
+            self.on_record(self._last.head, record.head)
             self._last = record
         return self._last.head
 

@@ -1,6 +1,6 @@
 """What a site's S3 account may do, as a bucket policy.
 
-    read    jobs/*/job.json, log/*, models/*, metrics/*        and list jobs/*/log/*
+    read    jobs/*/job.json, log/*, models/*, metrics/*        and list jobs/*/log/*, jobs/*/metrics/*
     write   jobs/*/updates/<site>/*
 
 A policy's `*` also matches "/" on most servers. So an allowed pattern alone would let a site write
@@ -62,12 +62,12 @@ def _statements(bucket: str, site: str, user_arn: str) -> list[Statement]:
     def statement(effect: str, action: str, resources: list[str], **more: object) -> Statement:
         return {"Effect": effect, **principal, "Action": [action], "Resource": resources, **more}
 
-    def prefix(pattern: str) -> dict[str, object]:
-        return {"StringLike": {"s3:prefix": [pattern]}}
+    def prefix(*patterns: str) -> dict[str, object]:
+        return {"StringLike": {"s3:prefix": [*patterns]}}
 
     return [
         statement("Allow", "s3:GetObject", [f"{jobs}/{what}" for what in READABLE]),
-        statement("Allow", "s3:ListBucket", [bucket], Condition=prefix("jobs/*/log/*")),
+        statement("Allow", "s3:ListBucket", [bucket], Condition=prefix("jobs/*/log/*", "jobs/*/metrics/*")),
         statement("Allow", "s3:PutObject", [f"{jobs}/updates/{site}/*"]),
         statement("Deny", "s3:GetObject", [f"{jobs}/updates/*"]),
         statement("Deny", "s3:ListBucket", [bucket], Condition=prefix("jobs/*/updates/*")),

@@ -68,6 +68,11 @@ def save_evaluation(store: BlobStore, evaluation: Evaluation) -> None:
     store.put(key, evaluation.to_json())
 
 
+def save_report(store: BlobStore, report: Evaluation) -> bool:
+    """Write what a site measured. False if it has reported on this version before: the first report stays."""
+    return store.put_if_absent(keys.metrics_key(report.job, report.version, report.who), report.to_json())
+
+
 def load_evaluation(store: BlobStore, job_id: str, version: int, who: str) -> Evaluation | None:
     """None if `who` has not measured this version."""
     try:

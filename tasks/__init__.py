@@ -9,6 +9,7 @@ state.py        the server optimiser's state, stored beside the model
 tell.py         hints to the sites, after the log has it
 evaluate.py     fedqueue.evaluate_version  one version -> metrics on the held-out set (the only torch here)
 jobs.py         fedqueue.create_job        job description -> job.json and version 0
+report.py       fedqueue.record_report     what a site measured of a version -> the store
 deadletters.py  fedqueue.keep_dead_letter  what nobody could handle -> the store, with its reason
 retention.py    fedqueue.tend_jobs         publishes that are due, leftovers of closed jobs, retention
 replay.py       every version made again from the log and the updates, and compared

@@ -34,6 +34,7 @@ log = logging.getLogger("fedqueue.tasks")
 ACCEPT = "fedqueue.accept_update"
 PUBLISH = "fedqueue.publish_version"
 EVALUATE = "fedqueue.evaluate_version"
+RECORD_REPORT = "fedqueue.record_report"
 CREATE_JOB = "fedqueue.create_job"
 KEEP_DEAD_LETTER = "fedqueue.keep_dead_letter"
 TEND_JOBS = "fedqueue.tend_jobs"
@@ -41,6 +42,7 @@ TEND_JOBS = "fedqueue.tend_jobs"
 ROUTING_KEYS = {
     ACCEPT: "merge.accept_update",
     PUBLISH: "merge.publish_version",
+    RECORD_REPORT: "merge.record_report",
     CREATE_JOB: "merge.create_job",
     KEEP_DEAD_LETTER: "merge.keep_dead_letter",
     TEND_JOBS: "merge.tend_jobs",
@@ -54,6 +56,7 @@ app.conf.include = [
     "tasks.accept",
     "tasks.publish",
     "tasks.evaluate",
+    "tasks.report",
     "tasks.jobs",
     "tasks.deadletters",
     "tasks.retention",

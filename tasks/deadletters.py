@@ -14,7 +14,7 @@ knows its id, and the log counts. After 3 the message belongs to the queue again
 the log, or as a letter; failing as before it makes the same id, and the letter waits again. Should the broker
 lose it, the letter still has it, and may be requeued by its id.
 
-What is sent is made anew from the body, and nothing else of the message is passed on: an update is checked as
+What is sent is made anew from the body, and nothing else of the message is passed on: a site's is checked as
 the ingress checks it and sent as its task, because nobody but the site can publish under its name; a task is
 known by its routing key, which only the server's account can use, and has text arguments. Headers are dropped.
 """
@@ -32,22 +32,24 @@ from typing import Any
 from broker import topology
 from federation.errors import AccessDenied, BadMessage, StoreUnavailable
 from federation.points import Point, reach
-from federation.types import ClientUpdate, DeadLetter
-from federation.wire import JSON_TYPE, UPDATE_TYPE, Delivery, decode_update
+from federation.types import ClientUpdate, DeadLetter, Evaluation
+from federation.wire import JSON_TYPE, REPORT_TYPE, UPDATE_TYPE, Delivery
 from storage.blob import BlobStore
 from storage.jobs import begin_requeue, finish_requeue, save_dead_letter
 from tasks import celery
 from tasks.context import current
+from tasks.site_messages import task_for
 
 log = logging.getLogger("fedqueue.deadletters")
 
 MAX_KEPT_BYTES = 16 * 1024
 MAX_HEADERS = 4096
 MAX_MESSAGE = 2000
-"""Of a body, of the headers' text and of the explanation. Ours have 4 KB; of a larger body the beginning, the
-length and the digest are kept. A letter is a message itself, JSON within a task's JSON, where a character of
-ASCII takes four bytes at most and others up to twelve. So it stays below the 64 KB of docker/rabbitmq.conf,
-whatever a site sent: a letter that the broker refuses would end the ingress, again after every restart."""
+"""Of a body, of the headers' text and of the explanation. Ours have 4 KB, reports 16; of a larger body the
+beginning, the length and the digest are kept. A letter is a message itself, JSON within a task's JSON, where a
+character of ASCII takes four bytes at most and others up to twelve. So it stays below the 64 KB of
+docker/rabbitmq.conf, whatever a site sent: a letter that the broker refuses would end the ingress, again after
+every restart."""
 MAX_PROPERTY = 255
 
 _TASK_OF_KEY = {key: name for name, key in celery.ROUTING_KEYS.items()}
@@ -112,17 +114,26 @@ def _ascii(text: str) -> str:
 
 def keep_update(store: BlobStore, update: ClientUpdate, reason: str, message: str) -> None:
     """A well-formed update that belongs to no job."""
+    _keep_message(
+        store, f"updates.{update.site}", UPDATE_TYPE, update.site, update.to_json(), reason, message
+    )
+    log.warning("dead letter: update %s of %s: %s", update.update_id, update.site, message)
+
+
+def keep_report(store: BlobStore, report: Evaluation, reason: str, message: str) -> None:
+    """A well-formed report of a version that cannot be measured, or not by this site."""
+    _keep_message(store, f"reports.{report.who}", REPORT_TYPE, report.who, report.to_json(), reason, message)
+    log.warning("dead letter: report of %s on version %d: %s", report.who, report.version, message)
+
+
+def _keep_message(
+    store: BlobStore, key: str, kind: str, site: str, body: bytes, reason: str, message: str
+) -> None:
     delivery = Delivery(
-        queue=topology.UPDATES,
-        routing_key=f"updates.{update.site}",
-        body=update.to_json(),
-        type=UPDATE_TYPE,
-        content_type=JSON_TYPE,
-        user_id=update.site,
+        queue=topology.UPDATES, routing_key=key, body=body, type=kind, content_type=JSON_TYPE, user_id=site
     )
     save_dead_letter(store, dead_letter(delivery, reason, message))
     reach(Point.LETTER_KEPT)
-    log.warning("dead letter: update %s of %s: %s", update.update_id, update.site, message)
 
 
 def requeue(store: BlobStore, send: celery.Send, letter: DeadLetter) -> str:
@@ -158,7 +169,7 @@ def task_of(letter: DeadLetter) -> tuple[str, dict[str, str]]:
         content_type=letter.content_type,
         user_id=letter.user_id,
     )
-    return celery.ACCEPT, {"update": decode_update(delivery).to_json().decode()}
+    return task_for(delivery)
 
 
 def _arguments(name: str, body: bytes) -> dict[str, str]:

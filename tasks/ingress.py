@@ -5,7 +5,8 @@ or wedge a worker, so nothing that a site wrote reaches Celery: the gate parses 
 own. It publishes first, with confirm, and only then acknowledges; a crash in between makes a duplicate, which
 `accept_update` recognises. It has no credentials for the object store, and no torch.
 
-    fed.updates      good: task accept_update.   bad: a DeadLetter on the exchange fed.dead
+    fed.updates      good: task accept_update, for a report task record_report
+                     bad: a DeadLetter on the exchange fed.dead
     fed.heartbeats   good: liveness.             bad, or liveness down: dropped, the next one comes in seconds
     fed.dead         task keep_dead_letter, which brings it to the store
 
@@ -25,10 +26,11 @@ from broker import topology
 from broker.port import Broker
 from federation.errors import BadMessage, Transient
 from federation.points import Point, reach
-from federation.wire import Delivery, Message, decode_heartbeat, decode_update
+from federation.wire import Delivery, Message, decode_heartbeat
 from storage.liveness import Liveness
-from tasks.celery import ACCEPT, KEEP_DEAD_LETTER, TEND_JOBS, Send
+from tasks.celery import KEEP_DEAD_LETTER, TEND_JOBS, Send
 from tasks.deadletters import dead_letter
+from tasks.site_messages import task_for
 
 log = logging.getLogger("fedqueue.ingress")
 
@@ -60,11 +62,11 @@ class Ingress:
             self.send(KEEP_DEAD_LETTER, {"letter": _letter_json(delivery)})
             reach(Point.LETTER_PASSED)
         else:
-            self._update(delivery)
+            self._work(delivery)
 
-    def _update(self, delivery: Delivery) -> None:
+    def _work(self, delivery: Delivery) -> None:
         try:
-            update = decode_update(delivery)
+            name, arguments = task_for(delivery)
         except BadMessage as exc:
             log.warning("%s: %s", delivery.routing_key, exc)
             letter = dead_letter(delivery, exc.reason, str(exc))
@@ -72,7 +74,7 @@ class Ingress:
             self.broker.publish(topology.DEAD_EXCHANGE, message)
             reach(Point.LETTER_SENT)
         else:
-            self.send(ACCEPT, {"update": update.to_json().decode()})
+            self.send(name, arguments)
             reach(Point.TASK_SENT)
 
     def _heartbeat(self, delivery: Delivery) -> None:

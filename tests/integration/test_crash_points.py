@@ -21,6 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -35,10 +36,10 @@ from federation.jobs import StopRule
 from federation.keys import job_prefix, log_prefix, updates_prefix
 from federation.points import Point
 from federation.settings import env_name
-from federation.types import Accepted, ClientUpdate, DeadLetter, Published, Refusal
-from federation.wire import encode_update
+from federation.types import Accepted, ClientUpdate, DeadLetter, Evaluation, Published, Refusal
+from federation.wire import encode_report, encode_update
 from storage.audit import audit
-from storage.jobs import list_dead_letters, list_refusals
+from storage.jobs import list_dead_letters, list_evaluations, list_refusals
 from storage.log import VersionLog, refusals
 from storage.models import load_model, save_model
 from storage.tensors import from_arrays
@@ -87,6 +88,21 @@ class Stage:
         try:
             message = encode_update(client_update(job=self.job, site=SITE))
             broker.publish(topology.UPDATES_EXCHANGE, replace(message, body=body))
+        finally:
+            broker.close()
+
+    def report(self, version: int, site: str) -> None:
+        measured = {
+            "job": self.job,
+            "version": version,
+            "who": site,
+            "num_images": 9,
+            "at": datetime.now(UTC),
+        }
+        broker = self.server.as_site(site)
+        try:
+            message = encode_report(Evaluation(**measured, metrics={"mAP@0.5": 0.5}))
+            broker.publish(topology.UPDATES_EXCHANGE, message)
         finally:
             broker.close()
 
@@ -166,6 +182,19 @@ def serve(stage: Stage) -> None:
     """Whatever a server meets: good updates, bad ones, a repeated one, and messages that are no updates."""
     stage.create_job()
     send_everything(stage)()
+
+
+def keep_reports(stage: Stage) -> None:
+    """Sites report what they measured, one of them twice, and one of a version that never was."""
+    stage.create_job()
+    good = [stage.send() for _ in range(VERSIONS)]
+    until("the job to close", stage.closed)
+    for version, site in ((VERSIONS, SITE), (VERSIONS, "site-b"), (VERSIONS, SITE), (VERSIONS + 1, SITE)):
+        stage.report(version, site)
+    until("the reports", lambda: len(list_evaluations(stage.server.store, stage.job)) == 2)
+    stage.check({u.update_id for u in good}, set(), letters=1, weight=1 - 0.5**VERSIONS)
+    kept = [(e.version, e.who) for e in list_evaluations(stage.server.store, stage.job)]
+    assert kept == [(VERSIONS, SITE), (VERSIONS, "site-b")]
 
 
 def serve_backlog(stage: Stage) -> None:
@@ -297,7 +326,7 @@ SCENARIOS: dict[Point, tuple[Scenario, ...]] = {
     Point.UPLOADED: (DIES_CONTRIBUTING,),
     Point.CONFIRMED: (DIES_CONTRIBUTING, replace(DIES_CONTRIBUTING, again=True)),
     Point.OUTBOX_MOVED: (DIES_CONTRIBUTING,),
-    Point.TASK_SENT: (Scenario("ingress", serve),),
+    Point.TASK_SENT: (Scenario("ingress", serve), Scenario("ingress", keep_reports, VERSIONS + 1)),
     Point.LETTER_SENT: (Scenario("ingress", serve),),
     Point.LETTER_PASSED: (Scenario("ingress", serve),),
     Point.ACCEPTED: (DIES_SERVING, DIES_TWICE),
@@ -307,6 +336,7 @@ SCENARIOS: dict[Point, tuple[Scenario, ...]] = {
     Point.MODEL_STORED: (DIES_SERVING, DIES_TWICE),
     Point.PUBLISHED: (DIES_SERVING, DIES_PUBLISHING, replace(DIES_PUBLISHING, again=True)),
     Point.TOLD: (DIES_SERVING,),
+    Point.REPORT_KEPT: (Scenario("worker", keep_reports), Scenario("worker", keep_reports, 2)),
     Point.JOB_WRITTEN: (DIES_SERVING,),
     Point.LETTER_KEPT: (DIES_SERVING,),
     Point.COLLECTED: (Scenario("operator", partial(collect, ask=by_command)),),

@@ -60,7 +60,7 @@ def client_updates(draw: st.DrawFn) -> ClientUpdate:
 site_statuses = st.builds(
     SiteStatus,
     site=names,
-    state=st.sampled_from(["idle", "pulling", "training", "uploading", "waiting", "stopped"]),
+    state=st.sampled_from(["idle", "pulling", "training", "uploading", "evaluating", "waiting", "stopped"]),
     job=st.none() | names,
     base_version=st.none() | versions,
     step=st.integers(0, 2**40),

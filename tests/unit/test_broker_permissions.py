@@ -68,8 +68,9 @@ def test_a_site_may_do_its_work(site_a: str, client: RabbitBroker) -> None:
         site.publish(
             topology.UPDATES_EXCHANGE, update("h", user_id="site-a", routing_key="heartbeats.site-a")
         )
-        (got,) = client.drain(topology.UPDATES)
-        assert (got.user_id, got.routing_key) == ("site-a", "updates.site-a")
+        site.publish(topology.UPDATES_EXCHANGE, update("r", user_id="site-a", routing_key="reports.site-a"))
+        got = [(d.user_id, d.routing_key) for d in client.drain(topology.UPDATES)]
+        assert got == [("site-a", "updates.site-a"), ("site-a", "reports.site-a")]
         client.publish(topology.CONTROL_EXCHANGE, update("c", routing_key="all.new-version"))
         assert [d.message_id for d in site.drain(topology.control_queue("site-a"))] == ["c"]
 
@@ -79,6 +80,7 @@ def test_a_site_may_do_its_work(site_a: str, client: RabbitBroker) -> None:
     [
         (topology.UPDATES_EXCHANGE, update(routing_key="updates.site-b")),
         (topology.UPDATES_EXCHANGE, update(routing_key="heartbeats.site-b")),
+        (topology.UPDATES_EXCHANGE, update(routing_key="reports.site-b")),
         (topology.UPDATES_EXCHANGE, update(routing_key="updates.site-ab")),
         (topology.UPDATES_EXCHANGE, update(user_id="site-b")),
         ("", update(routing_key=topology.UPDATES)),

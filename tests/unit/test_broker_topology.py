@@ -82,7 +82,7 @@ def test_what_is_accepted_never_vanishes_and_hints_never_block() -> None:
     assert [spec.name for spec in topology.TASK_QUEUES] == [topology.MERGE, topology.EVALUATE]
 
 
-@pytest.mark.parametrize("site", ["", "Site", "a.b", "a/b", "-a", "a_b", "all", "a\n", "*", "#"])
+@pytest.mark.parametrize("site", ["", "Site", "a.b", "a/b", "-a", "a_b", "all", "server", "a\n", "*", "#"])
 def test_names_that_no_site_may_have(site: str) -> None:
     for use in (topology.control_queue, topology.site_queue, site_permissions):
         with pytest.raises(BadSettings):
@@ -98,6 +98,7 @@ def test_the_patterns_of_a_site_fit_its_own_names_only() -> None:
     assert re.search(p.read, "fed.ctl.site-a")
     assert re.search(p.topic_write, "updates.site-a")
     assert re.search(p.topic_write, "heartbeats.site-a")
+    assert re.search(p.topic_write, "reports.site-a")
     for pattern, other in [
         (p.write, "fedxupdates"),
         (p.write, "fed.updates2"),
@@ -109,6 +110,7 @@ def test_the_patterns_of_a_site_fit_its_own_names_only() -> None:
         (p.topic_write, "updatesxsite-a"),
         (p.topic_write, "updates.site-a.x"),
         (p.topic_write, "updates.site-ab"),
+        (p.topic_write, "reports.site-b"),
         (p.topic_write, "x.updates.site-a"),
         (p.configure, "fed.ctl.site-a"),
         (p.topic_read, "all.x"),

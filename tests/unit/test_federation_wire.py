@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from federation import wire
 from federation.errors import BadMessage
-from federation.types import ClientUpdate, SiteStatus
+from federation.types import ClientUpdate, Evaluation, SiteStatus
 from federation.wire import (
     MAX_BODY_BYTES,
+    MAX_REPORT_BYTES,
     Delivery,
     JobClosed,
     Message,
@@ -23,9 +24,11 @@ from federation.wire import (
     Outcome,
     decode_control,
     decode_heartbeat,
+    decode_report,
     decode_update,
     encode_control,
     encode_heartbeat,
+    encode_report,
     encode_update,
 )
 from tests.unit.federation_cases import client_updates, names, site_statuses, texts, update_ids, versions
@@ -45,6 +48,15 @@ UPDATE = ClientUpdate(
     created_at=datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
 )
 STATUS = SiteStatus(site="north", state="training", at=datetime(2026, 1, 2, tzinfo=UTC))
+REPORT = Evaluation(
+    job="street",
+    version=8,
+    who="north",
+    num_images=40,
+    metrics={"mAP@0.5": 0.5},
+    per_class={"mAP@0.5": {"chair": 0.4, "cart": 0.6}},
+    at=datetime(2026, 1, 2, tzinfo=UTC),
+)
 CONTROLS: list[NewVersion | Outcome | JobClosed] = [
     NewVersion(job="street", version=4),
     Outcome(job="street", update_id=ID, result="merged", version=4, staleness=1, weight=0.42),
@@ -399,3 +411,67 @@ def test_kinds_of_messages_do_not_pass_for_each_other() -> None:
         decode_heartbeat(delivered(update))
     with pytest.raises(BadMessage):
         decode_update(delivered(heartbeat))
+
+
+# --- reports -------------------------------------------------------------------------------------------
+
+
+def test_a_report_is_persistent_signed_and_read_back() -> None:
+    message = encode_report(REPORT)
+    assert (message.routing_key, message.user_id, message.persistent) == ("reports.north", "north", True)
+    assert message.type == "fedqueue.report.v1"
+    assert json.loads(message.body) == {
+        "schema_version": 1,
+        "job": "street",
+        "version": 8,
+        "who": "north",
+        "num_images": 40,
+        "metrics": {"mAP@0.5": 0.5},
+        "per_class": {"mAP@0.5": {"chair": 0.4, "cart": 0.6}},
+        "at": "2026-01-02T00:00:00Z",
+    }
+    assert decode_report(delivered(message)) == REPORT
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"routing_key": "reports.south"}, "wrong-user"),
+        ({"user_id": "south"}, "wrong-user"),
+        ({"user_id": None}, "wrong-user"),
+        ({"routing_key": "reports.south", "user_id": "south"}, "wrong-site"),
+        ({"routing_key": "updates.north"}, "wrong-routing-key"),
+        ({"routing_key": "reports.north.x"}, "wrong-routing-key"),
+        ({"type": "fedqueue.update.v1"}, "wrong-type"),
+        ({"content_type": "text/plain"}, "wrong-content-type"),
+        ({"headers": {"task": "x"}}, "unexpected-header"),
+        ({"body": b" " * (MAX_REPORT_BYTES + 1)}, "too-large"),
+        ({"body": b"{}"}, "malformed-message"),
+        ({"body": encode_report(REPORT).body.replace(b"0.5", b"1.5")}, "malformed-message"),
+        ({"body": encode_report(REPORT).body.replace(b"0.5", b"NaN")}, "malformed-message"),
+        ({"body": encode_report(REPORT).body.replace(b'"at"', b'"x":1,"at"')}, "malformed-message"),
+    ],
+)
+def test_a_dishonest_report_is_refused(changes: dict[str, Any], reason: str) -> None:
+    with pytest.raises(BadMessage) as info:
+        decode_report(delivered(encode_report(REPORT), **changes))
+    assert info.value.reason == reason
+
+
+def test_nobody_reports_in_the_name_of_the_server() -> None:
+    message = encode_report(REPORT.model_copy(update={"who": "server"}))
+    with pytest.raises(BadMessage) as info:
+        decode_report(delivered(message))
+    assert info.value.reason == "wrong-site"
+
+
+def test_a_report_may_be_larger_than_an_update_and_has_a_limit() -> None:
+    table = {f"class-{i:03d}": 0.123456 for i in range(200)}
+    per_class = {"mAP@0.5": table, "mAP@[.5:.95]": table, "VOC2010 mAP@0.5": table}
+    large = REPORT.model_copy(update={"per_class": per_class})
+    assert MAX_BODY_BYTES < len(encode_report(large).body) <= MAX_REPORT_BYTES
+    too_many = {
+        name: {f"{c}-{i}": v for c, v in t.items() for i in range(2)} for name, t in per_class.items()
+    }
+    with pytest.raises(BadMessage, match="leave out per_class"):
+        encode_report(REPORT.model_copy(update={"per_class": too_many}))

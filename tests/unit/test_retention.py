@@ -43,7 +43,7 @@ from storage.audit import audit
 from storage.blob import BlobStore
 from storage.faulty import FaultyStore
 from storage.folder import FolderStore
-from storage.jobs import job_ids, list_refusals, save_evaluation
+from storage.jobs import best_version, job_ids, list_refusals, save_evaluation, save_report
 from storage.log import VersionLog
 from storage.memory import MemoryStore
 from storage.models import load_model, save_model
@@ -257,6 +257,27 @@ def test_of_superseded_versions_those_stay_that_the_policy_keeps(
     world.collect(SETTINGS.model_copy(update={"keep_versions": keep}))
     assert stored_versions(world, made) == stay
     assert world.exists(world.job.initial.key)
+    assert world.sound()
+
+
+@pytest.mark.parametrize("who", [SERVER, "site-a"])
+def test_the_best_version_stays_however_old_it_is(broker: SqliteBroker, who: str) -> None:
+    """Also when it is due for nothing and neither first nor among the newest."""
+    world = World(broker, job_spec(evaluation=EvaluationPolicy(sites_every=3)))
+    made = world.versions(9, every=DAY)
+    values = {3: 0.7, 6: 0.6, 9: 0.2}
+    for version, value in values.items():
+        report = Evaluation(
+            job="toy", version=version, who=who, num_images=1, metrics={"mAP@0.5": value}, at=START
+        )
+        assert save_report(world.store, report)
+    world.pass_time(365 * DAY)
+    assert world.collect(SETTINGS.model_copy(update={"keep_versions": 1}))
+    best = best_version(world.store, "toy")
+    assert best is not None
+    assert best.version == 3
+    assert 3 in stored_versions(world, made)
+    assert load_model(world.store, world.log.version(3).model)
     assert world.sound()
 
 

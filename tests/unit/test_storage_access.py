@@ -54,6 +54,7 @@ ALLOWED = [
     *(READ, "jobs/j/models/0.safetensors"),
     *(READ, "jobs/j/metrics/0000000001/server.json"),
     *(LIST, "jobs/j/log/"),
+    *(LIST, "jobs/j/metrics/"),
     *(WRITE, f"jobs/j/updates/north/{ID}.safetensors"),
 ]
 REFUSED = [
@@ -66,6 +67,7 @@ REFUSED = [
     *(LIST, "jobs/j/"),
     *(LIST, "jobs/j/updates/"),
     *(LIST, "jobs/j/updates/log/"),
+    *(LIST, "jobs/j/updates/metrics/"),
     *(WRITE, "jobs/j/updates/south/x.safetensors"),
     *(WRITE, "jobs/j/updates/north-2/x.safetensors"),
     *(WRITE, LOG),
