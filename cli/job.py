@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from broker.open import connect, declare
+from cli.initial import first_weights
 from cli.options import BrokerUrl, JobArgument, StoreUrl, console, existing, export, fail, load
 from cli.shares import shares
 from federation.errors import BadJob, FedqueueError, NotFound, Transient
@@ -33,10 +34,14 @@ app = typer.Typer(help="Create jobs and look at them.", no_args_is_help=True)
 @app.command()
 def create(
     file: Annotated[Path, typer.Argument(help="a job description, TOML (docs/jobs.md)")],
-    pretrained: Annotated[
-        Path | None,
+    weights: Annotated[
+        str | None,
         typer.Option(
-            envvar="FEDQUEUE_CLI_PRETRAINED", help="file of pretrained backbone weights; none: random"
+            "--weights",
+            "--pretrained",
+            envvar="FEDQUEUE_CLI_WEIGHTS",
+            help="first weights, of which is taken what fits: a file (.pth, .safetensors), or torchvision's own by "
+            "name, downloaded (`fedqueue model archs` lists them); none: random",
         ),
     ] = None,
     wait_s: Annotated[
@@ -47,14 +52,14 @@ def create(
 ) -> None:
     """Make initial weights, upload them, and ask a worker to create the job.
 
-    Example: fedqueue job create job.toml --pretrained backbone.pth
+    Example: fedqueue job create job.toml --weights backbone.pth
     """
     settings = load(broker_url=broker_url, store_url=store_url)
     try:
         raw = tomllib.loads(existing(file, "job description").read_text())
         spec = JobSpec.from_json(json.dumps(raw))
         with console.status("making initial weights and waiting for a worker"):
-            submit(settings, open_store(settings), spec, pretrained, wait_s)
+            submit(settings, open_store(settings), spec, weights, wait_s, report=_say)
     except tomllib.TOMLDecodeError as exc:
         fail(f"{file}: {exc}")
     except FedqueueError as exc:
@@ -62,30 +67,35 @@ def create(
     console.print(f"job {spec.id} is there, at version 0")
 
 
+def _say(line: str) -> None:
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def submit(
     settings: Settings,
     store: BlobStore,
     spec: JobSpec,
-    pretrained: Path | None,
+    weights: str | None,
     wait_s: float,
     alive: Callable[[], None] = lambda: None,
+    report: Callable[[str], None] = lambda line: None,
 ) -> None:
     """Upload version 0 and send `create_job`. Raises BadJob; Transient if no worker made it in `wait_s`.
 
-    `alive` is called while waiting, and may raise.
+    weights: as `first_weights` takes them; `report` gets its lines. `alive` is called while waiting, and may raise.
     """
     export(settings)
-    from detection.weights import exchanged_names, initial_state, module_for
     from tasks.celery import CREATE_JOB, sender
 
     probe(store)
     if _exists(store, spec.id):
         raise BadJob(f"there is a job {spec.id!r} already: choose another id")
-    arrays = initial_state(spec, pretrained)
-    exchanged = {name: arrays[name] for name in exchanged_names(module_for(spec), spec.plan)}
+    first = first_weights(spec, weights)
+    for line in first.report:
+        report(line)
     files = {
-        "initial": save_model(store, spec.id, from_arrays(arrays)),
-        "first": save_model(store, spec.id, from_arrays(exchanged)),
+        "initial": save_model(store, spec.id, from_arrays(first.arrays)),
+        "first": save_model(store, spec.id, from_arrays({n: first.arrays[n] for n in first.exchanged})),
     }
     broker = connect(settings)
     try:

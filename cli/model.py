@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from cli.archs import archs
 from cli.options import JobArgument, StoreUrl, console, fail, load
 from federation.errors import FedqueueError, NotFound
 from federation.types import Created, Published
@@ -18,7 +19,8 @@ from storage.models import load_full_model
 from storage.open import open_store
 from storage.tensors import encode
 
-app = typer.Typer(help="Model versions.", no_args_is_help=True)
+app = typer.Typer(help="Model versions and architectures.", no_args_is_help=True)
+app.command()(archs)
 
 Version = Annotated[
     int | None,

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.logging import RichHandler
 
+from federation import plugins
 from federation.errors import FedqueueError
 from federation.settings import Settings, env_name
 
@@ -38,9 +39,11 @@ JobArgument = Annotated[str, typer.Argument(envvar="FEDQUEUE_CLI_JOB", help="the
 def load(**overrides: Any) -> Settings:
     """Settings with the flags that were given. Exits with the field's name if one is wrong."""
     try:
-        return Settings.load(**overrides)
+        settings = Settings.load(**overrides)
     except FedqueueError as exc:
         fail(exc)
+    plugins.allow(settings.plugins)
+    return settings
 
 
 def fail(error: FedqueueError | str) -> NoReturn:

@@ -1,6 +1,8 @@
 """Detectors, data sets, local training and evaluation: the only package that knows torch.
 
-    registry  detectors by name          dataset  COCO files, checked       augment  training batches
+    registry  detectors by name          families the built-in ones         initial  their first weights
+    square    their input                fcos     the small default         convention  is tried on foreign ones
+    dataset   COCO files, checked        augment  training batches          speed    what `model archs` measures
     weights   modules <-> arrays         engine   local training            evaluate average precision
     predict   detection in files         draw     pictures for people       presets  plans known to work
 

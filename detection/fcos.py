@@ -41,6 +41,8 @@ class ChannelsLastResidual(InvertedResidual):  # type: ignore[misc]
     """torchvision's block with torch's own channel shuffle, which keeps the channels last in memory."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.onnx.is_in_onnx_export():  # ONNX has no channel shuffle; torchvision's is made of reshapes
+            return super().forward(x)  # type: ignore[no-any-return]
         if self.stride == 1:
             first, second = x.chunk(2, dim=1)
             halves = (first, self.branch2(second))

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,8 @@ from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from detection.families import FAMILIES
+from detection.initial import Match, fill, read_state_dict
 from detection.registry import build
 from federation.errors import BadJob, BadPayload
 from federation.jobs import JobSpec, TrainingPlan
@@ -90,11 +93,23 @@ def _suggest(module: nn.Module, layer: str) -> str:
     return f"is one of {', '.join(close)} meant?"
 
 
-def module_for(spec: JobSpec, pretrained: Path | None = None) -> nn.Module:
-    """The job's detector at its initial state: from the plan's seed and, if given, a pretrained backbone."""
-    return build(spec.arch, len(spec.classes), spec.plan.image_size, pretrained, seed=spec.plan.seed)
+def module_for(spec: JobSpec) -> nn.Module:
+    """The job's detector, initialised from the plan's seed. Raises BadJob, BadSettings as `registry.build`."""
+    return build(spec.arch, len(spec.classes), spec.plan.image_size, seed=spec.plan.seed)
+
+
+def initial_weights(spec: JobSpec, stored: Mapping[str, Any] | None) -> tuple[Arrays, Match | None]:
+    """The full state that a job starts from, and what became of `stored`, tensors or arrays by name.
+
+    The same bytes for the same spec, tensors and torch build. Raises BadJob if nothing of `stored` fits,
+    BadPayload if the architecture has tensors that the protocol does not carry.
+    """
+    module = module_for(spec)
+    family = FAMILIES.get(spec.arch)
+    match = None if stored is None else fill(module, stored, family.from_classifier if family else None)
+    return state(module), match
 
 
 def initial_state(spec: JobSpec, pretrained: Path | None = None) -> Arrays:
-    """The full state that a job starts from; the same bytes for the same spec, file and torch build."""
-    return state(module_for(spec, pretrained))
+    """`initial_weights` from a .pth file, or from the seed alone."""
+    return initial_weights(spec, None if pretrained is None else read_state_dict(pretrained))[0]

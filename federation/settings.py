@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
+    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     TomlConfigSettingsSource,
@@ -24,6 +25,7 @@ from federation.base import describe
 from federation.errors import BadSettings
 from federation.ids import Name
 from federation.jobs import MAX_VERSION
+from federation.plugins import is_path
 
 ENV_PREFIX = "FEDQUEUE_"
 CONFIG_ENV = "FEDQUEUE_CONFIG"
@@ -56,6 +58,12 @@ class Settings(BaseSettings):
     live_url: SecretStr = Field(
         default=SecretStr("file:.fedqueue/live"),
         description="redis://[user:password@]host:port/db or file:PATH (embedded); holds site liveness",
+    )
+
+    # any process that makes a model
+    plugins: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="import paths package.module:attribute that a job may name as its architecture, with commas",
     )
 
     # a site
@@ -97,6 +105,11 @@ class Settings(BaseSettings):
         gt=0,
         le=1,
         description="share of time, 0 to 1, that training may compute; the rest it sleeps",
+    )
+    trainer: str = Field(
+        default="",
+        description="what trains here instead of the built-in detector training: an entry point of group "
+        "fedqueue.trainers, or package.module:attribute (docs/custom-models.md)",
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of torch; 0: torch decides")
     predict_cache: Path = Field(
@@ -166,6 +179,17 @@ class Settings(BaseSettings):
         if scheme not in ("file", "sqlite"):
             _check_host(text)
         return value
+
+    @field_validator("plugins", mode="before")
+    @classmethod
+    def _paths(cls, value: object) -> object:
+        paths = (
+            [path.strip() for path in value.split(",") if path.strip()] if isinstance(value, str) else value
+        )
+        for path in paths if isinstance(paths, list | tuple) else ():
+            if not is_path(str(path)):
+                raise ValueError(f"{path!r} is not an import path package.module:attribute")
+        return paths
 
     @model_validator(mode="after")
     def _liveness(self) -> Self:

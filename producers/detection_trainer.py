@@ -16,6 +16,7 @@ from detection.cache import DiskCache
 from detection.dataset import DEFAULT_CACHE_BYTES, Dataset, load_dataset
 from detection.evaluate import Evaluated, evaluate
 from detection.threads import use_threads
+from detection.weights import module_for
 from federation.errors import BadSettings
 from federation.jobs import JobSpec
 from federation.settings import Settings
@@ -66,7 +67,10 @@ class DetectionTrainer:
         )
 
     def prepare(self, spec: JobSpec) -> None:
-        """Raises BadDataset with every defect of the data, before any training starts."""
+        """Before any training starts: raises BadJob for an architecture that this machine cannot make, BadDataset
+        with every defect of the data.
+        """
+        module_for(spec)
         dataset = load_dataset(
             self.annotations,
             self.images,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from broker.open import connect
 from broker.port import Broker
+from federation import plugins
 from federation.jobs import Job
 from federation.settings import Settings
 from storage.blob import BlobStore
@@ -53,6 +54,7 @@ def current() -> Context:
 
 
 def open_context(settings: Settings) -> Context:
+    plugins.allow(settings.plugins)
     broker = connect(settings, keep_open=True, server=True)
     return Context(settings, open_store(settings), broker, sender(settings, broker))
 

@@ -121,7 +121,8 @@ def _run(
     with Processes(folder / "logs") as processes:
         deployment.start_server(processes, data)
         with console.status("the server starts, the job is created"):
-            submit(settings, store, spec, data.pretrained, wait_s=60, alive=processes.check)
+            weights = str(data.pretrained) if data.pretrained else None
+            submit(settings, store, spec, weights, wait_s=60, alive=processes.check)
         started = time.monotonic()
         deployment.start_sites(processes, data, spec.id)
         job = load_job(store, spec.id)

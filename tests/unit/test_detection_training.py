@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -26,12 +26,13 @@ from detection.engine import (
     train,
 )
 from detection.evaluate import evaluate
-from detection.registry import ARCHS, DEFAULT_ARCH, build, load_backbone
+from detection.families import FAMILIES
+from detection.registry import ARCHS, DEFAULT_ARCH, build
 from detection.threads import use_threads
 from detection.weights import Arrays, exchanged_names, initial_state, load_state, module_for, state
 from federation.errors import BadDataset, BadJob, BadPayload
 from federation.jobs import AUGMENTATIONS, MAP_50, JobSpec, TrainingPlan
-from federation.layout import Layout, TensorSpec
+from storage.tensors import from_arrays
 
 CLASSES = ("red", "blue")
 COLOURS = {"red": (220, 40, 40), "blue": (40, 60, 220)}
@@ -88,24 +89,21 @@ def same(a: Arrays, b: Arrays) -> bool:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_architecture_trains_a_step_and_is_evaluated(arch: str, dataset: Dataset) -> None:
-    job = spec(arch)
+def test_every_architecture_fits_the_protocol_trains_a_step_and_is_evaluated(
+    arch: str, dataset: Dataset
+) -> None:
+    job = spec(arch, image_size=FAMILIES[arch].min_image_size, batch_size=1 if arch == "ssd300_vgg16" else 2)
+    dataset = replace(dataset, items=dataset.items[:2])  # the large ones take seconds per image
     weights = initial_state(job)
+    layout = from_arrays(weights).layout
+    assert (layout.statistic_count > 0) == (arch != "ssd300_vgg16"), "VGG-16 has no BatchNorm"
+    assert all(a.flags.c_contiguous for a in weights.values())
     trained = run(job, weights, dataset, steps=1)
     assert trained.weights.keys() == weights.keys()
     changed = [n for n, a in weights.items() if not np.array_equal(a, trained.weights[n])]
     assert len(changed) > 0.5 * len(weights), "a step moves nearly every tensor"
-    assert trained.num_examples == 6
-    assert evaluate(job, trained.weights, dataset).num_images == 6
-
-
-@pytest.mark.parametrize("arch", ARCHS)
-def test_states_fit_the_protocol(arch: str) -> None:
-    arrays = initial_state(spec(arch))
-    names = {np.dtype(np.float32): "F32", np.dtype(np.int64): "I64"}
-    layout = Layout.of(TensorSpec(name=n, dtype=names[a.dtype], shape=a.shape) for n, a in arrays.items())
-    assert layout.statistic_count > 0
-    assert all(a.flags.c_contiguous for a in arrays.values())
+    assert trained.num_examples == 2
+    assert evaluate(job, trained.weights, dataset).num_images == 2
 
 
 def test_default_detector_is_small() -> None:
@@ -114,7 +112,7 @@ def test_default_detector_is_small() -> None:
     assert module.head.regression_head.bbox_reg.bias.tolist() == [1.5] * 4
 
 
-@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("arch", [*ARCHS[:2], "fasterrcnn_mobilenet_v3_large_320_fpn"])
 def test_torchvision_call_convention_with_images_of_any_size(arch: str) -> None:
     module = build(arch, 2, 64)
     images = [torch.rand(3, 90, 120), torch.rand(3, 50, 40)]
@@ -184,37 +182,6 @@ def test_norm_policy_decides_what_is_exchanged() -> None:
     assert "backbone.body.conv1.0.weight" in exchanged
     assert "head.classification_head.conv.2.weight" in exchanged, "GroupNorm has no statistics to keep"
     assert not any("running" in name for name in exchanged)
-
-
-def test_pretrained_backbone_is_loaded_by_name_and_shape(tmp_path: Path) -> None:
-    kernel = torch.full((24, 3, 3, 3), 0.25)
-    file = tmp_path / "backbone.pth"
-    torch.save({"conv1.0.weight": kernel, "conv1.1.weight": torch.ones(7), "fc.weight": torch.ones(2)}, file)
-    module = build(DEFAULT_ARCH, 2, 64)
-    match = load_backbone(module, file)
-    assert match.loaded == ("body.conv1.0.weight",)
-    assert set(match.unused) == {"conv1.1.weight", "fc.weight"}
-    assert "body.conv1.1.weight" in match.missing
-    arrays = initial_state(spec(), file)
-    assert (arrays["backbone.body.conv1.0.weight"] == 0.25).all()
-
-
-def test_bad_pretrained_files_are_refused(tmp_path: Path) -> None:
-    module = build(DEFAULT_ARCH, 2, 64)
-    file = tmp_path / "backbone.pth"
-    with pytest.raises(BadJob, match="not a weights file"):
-        load_backbone(module, file)
-    file.write_bytes(b"hello")
-    with pytest.raises(BadJob, match="not a weights file"):
-        load_backbone(module, file)
-    torch.save({"nothing": torch.ones(1)}, file)
-    with pytest.raises(BadJob, match="no tensor fits"):
-        load_backbone(module, file)
-    torch.save([1, 2], file)
-    with pytest.raises(BadJob, match="state dict"):
-        load_backbone(module, file)
-    with pytest.raises(BadJob, match=DEFAULT_ARCH):
-        build("yolo", 2, 64)
 
 
 # --- training ------------------------------------------------------------------------------------------

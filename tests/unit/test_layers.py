@@ -88,6 +88,9 @@ AGGREGATOR_FEDERATION = {"federation.settings"}  # reads the environment
 
 UNPICKLERS = {"pickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib"}
 PICKLE_EXCEPTIONS = {"PickleError", "UnpicklingError"}  # for `except` clauses: loads nothing
+# Code is found by name in one place, which asks what this machine's operator chose.
+PLUGINS_MODULE = "federation.plugins"
+LOADERS = {"EntryPoint", "EntryPoints", "entry_points", "distribution", "distributions"}
 EVALUATORS = {"eval", "exec", "compile", "__import__"}
 
 
@@ -163,6 +166,8 @@ def _import_violations(module: str, layer: str, item: Import) -> Iterator[str]:
             yield f"{layer} may not import {top}, only {', '.join(sorted(THIRD_PARTY[top]))} may"
     elif top == "importlib" and "import_module" in (item.name, item.target.rpartition(".")[2]):
         yield "imports are written as imports, where they can be checked"
+    elif item.target == "importlib.metadata" and item.name in LOADERS | {""} and module != PLUGINS_MODULE:
+        yield f"only {PLUGINS_MODULE} loads code by name"
     elif layer == "aggregator" and top not in AGGREGATOR_STANDARD_LIBRARY:
         yield f"aggregator is pure: no {top}"
     if layer == "aggregator" and AGGREGATOR_FEDERATION & {item.target, f"{item.target}.{item.name}"}:
@@ -285,6 +290,13 @@ GUILTY = [
     ("tasks.accept", "__import__('torch')", "no __import__()"),
     ("tasks.accept", "import importlib\nimportlib.import_module('torch')", "imports are written as imports"),
     ("tasks.accept", "from importlib import import_module", "imports are written as imports"),
+    (
+        "detection.registry",
+        "from importlib.metadata import entry_points",
+        "only federation.plugins loads code",
+    ),
+    ("producers.agent", "from importlib.metadata import EntryPoint", "only federation.plugins loads code"),
+    ("detection.registry", "import importlib.metadata", "only federation.plugins loads code"),
     ("storage.blob", "import boto3", "boto3 is not among the third-party modules"),
 ]
 
@@ -310,6 +322,7 @@ INNOCENT = [
     ("detection.weights", "from pickle import UnpicklingError"),
     ("storage.s3", "from minio import Minio\nimport redis, os, time"),
     ("cli.main", "from importlib.metadata import version"),
+    ("federation.plugins", "from importlib.metadata import EntryPoint, entry_points"),
 ]
 
 
