@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -22,9 +22,12 @@ from cli.options import (
     stop_on_signals,
 )
 from federation.errors import FedqueueError
-from federation.settings import env_name
+from federation.settings import Settings, env_name
 from storage.liveness import open_liveness
 from storage.open import open_store
+
+if TYPE_CHECKING:
+    from producers.agent import Trainer
 
 app = typer.Typer(help="Run a site, or see which sites are there.", no_args_is_help=True)
 
@@ -56,6 +59,13 @@ def run(
             envvar=env_name("site_disk_cache_bytes"), help="bytes of decoded images below --state; 0: none"
         ),
     ] = None,
+    trainer: Annotated[
+        str | None,
+        typer.Option(
+            envvar=env_name("trainer"),
+            help="your own trainer, by entry point or package.module:attribute; none: the detector training",
+        ),
+    ] = None,
     state: Annotated[
         Path | None, typer.Option(envvar=env_name("site_state"), help="folder for outbox and model cache")
     ] = None,
@@ -81,6 +91,7 @@ def run(
         site_format=format,
         site_cache_bytes=cache_bytes,
         site_disk_cache_bytes=disk_cache_bytes,
+        trainer=trainer,
         site_state=state,
         site_duty=duty,
         threads=threads,
@@ -90,22 +101,30 @@ def run(
     if settings.site is None:
         fail("a site needs a name: --site or FEDQUEUE_SITE")
     from producers.agent import SiteAgent
-    from producers.detection_trainer import DetectionTrainer
 
     try:
-        trainer = DetectionTrainer.from_settings(settings)
         agent = SiteAgent(
             settings,
             job,
             open_store(settings),
             lambda: connect(settings),
-            trainer,
+            _trainer(settings),
             stop_on_signals(),
             version("fedqueue"),
         )
         agent.run()
     except FedqueueError as exc:
         fail(exc)
+
+
+def _trainer(settings: Settings) -> Trainer:
+    if settings.trainer:
+        from producers.custom_trainer import CustomTraining
+
+        return CustomTraining.from_settings(settings.trainer)
+    from producers.detection_trainer import DetectionTrainer
+
+    return DetectionTrainer.from_settings(settings)
 
 
 @app.command("list")
