@@ -10,18 +10,25 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from matplotlib import get_data_path
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from detection.dataset import Item
 from detection.evaluate import Found
+from federation.errors import BadSettings
 
 PALETTE = ("#ff5c5c", "#3dd68c", "#4da3ff", "#ffb020", "#c77dff", "#2fd4d4", "#ff7ac6", "#b6d94c")
 INK = "#10141a"
 PAPER = "#f5f6f8"
 TRUTH = "#ffffff"
 DRAWN_WIDTH = 720
-MAX_BOXES_DRAWN = 60
+MAX_BOXES_DRAWN = 300
+LINE, LETTERS = 0.003, 0.022
+"""Width of a box's line and height of a label's letters, as shares of the picture's mean side."""
+MIN_LETTERS_PX = 12
+
+Box = tuple[float, float, float, float]  # xyxy
 
 
 def colour_of(label: int) -> str:
@@ -36,40 +43,113 @@ def draw(
     truth: NDArray[np.float32] | None = None,
     *,
     width: int = DRAWN_WIDTH,
+    font_file: Path | None = None,
 ) -> Image.Image:
     """A copy of `image`, `width` pixels wide, with its detections (class and score) and, thin and white, the
-    ground-truth boxes `truth` [N, 4] xyxy in pixels of the image."""
+    ground-truth boxes `truth` [N, 4] xyxy in pixels of the image.
+
+    Lines and letters grow with the picture. Labels stay inside it and, where there is room, off each other.
+    `font_file`: for class names in a script that DejaVu Sans lacks. Raises BadSettings if it is no font.
+    """
     scale = width / image.width
-    canvas = image.convert("RGB").resize((width, round(image.height * scale)), Image.Resampling.LANCZOS)
+    size = (width, max(1, round(image.height * scale)))
+    canvas = image.convert("RGB")
+    if canvas is image or canvas.size != size:
+        canvas = canvas.resize(size, Image.Resampling.BICUBIC)
     pen = ImageDraw.Draw(canvas, "RGBA")
     for box in [] if truth is None else truth.tolist():
         pen.rectangle([v * scale for v in box], outline=f"{TRUTH}d0", width=1)
-    font = ImageFont.load_default(size=max(11, width // 48))
+    mean_side = (size[0] * size[1]) ** 0.5
+    line = max(2, round(mean_side * LINE))
+    font = _font(max(MIN_LETTERS_PX, round(mean_side * LETTERS)), font_file)
+    count = min(len(found.scores), MAX_BOXES_DRAWN)
+    boxes = (found.boxes[:count] * scale).clip(0, np.array([size[0] - 1, size[1] - 1] * 2)).tolist()
+    labels = found.labels[:count].tolist()
     # the best last, on top
-    for i in reversed(range(min(len(found.scores), MAX_BOXES_DRAWN))):
-        box = [float(v) * scale for v in found.boxes[i]]
-        label = int(found.labels[i])
-        colour = colour_of(label)
-        pen.rectangle(box, outline=colour, fill=f"{colour}22", width=max(2, width // 240))
-        _tag(pen, font, f"{classes[label - 1]} {found.scores[i]:.2f}", box, colour, canvas.size)
+    for box, label in zip(reversed(boxes), reversed(labels), strict=True):
+        _frame(pen, box, colour_of(label), line)
+    tags: list[tuple[Box, str, str]] = []
+    for box, label, score in zip(boxes, labels, found.scores[:count].tolist(), strict=True):
+        text = _fitting(pen, font, classes[label - 1], f" {score:.2f}", size[0])
+        place = _place(pen, font, text, box, size, [taken for taken, _, _ in tags])
+        tags.append((place, text, colour_of(label)))
+    for place, text, colour in reversed(tags):
+        _tag(pen, font, text, place, colour)
     return canvas
 
 
-def _tag(
+def _font(size: int, file: Path | None = None) -> ImageFont.FreeTypeFont:
+    # Pillow's own font has ASCII alone; this one comes with matplotlib and has Latin, Greek and Cyrillic letters
+    path = file or Path(get_data_path()) / "fonts" / "ttf" / "DejaVuSans.ttf"
+    try:
+        return ImageFont.truetype(path, size)
+    except OSError as exc:
+        raise BadSettings(f"{path} is no font that can be read ({exc}): give a .ttf or .otf file") from exc
+
+
+def _frame(pen: ImageDraw.ImageDraw, box: Sequence[float], colour: str, line: int) -> None:
+    """The outline, dark on both sides, so that it stands out from any background."""
+    left, top, right, bottom = box
+    edge = max(1, line // 4)
+    pen.rectangle(
+        [left - edge, top - edge, right + edge, bottom + edge], outline=f"{INK}90", width=line + 2 * edge
+    )
+    pen.rectangle(box, outline=colour, width=line)
+
+
+def _fitting(
+    pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, name: str, score: str, width: float
+) -> str:
+    """Class and score, the class cut short where the picture is narrow."""
+    shown = name
+    while len(shown) > 1 and pen.textlength(shown + score, font=font) + 2 * _padding(font) > width:
+        name = name[:-1]
+        shown = f"{name}…"
+    return shown + score
+
+
+def _padding(font: ImageFont.FreeTypeFont) -> int:
+    return max(2, round(font.size / 4))
+
+
+def _place(
     pen: ImageDraw.ImageDraw,
-    font: ImageFont.FreeTypeFont | ImageFont.ImageFont,
+    font: ImageFont.FreeTypeFont,
     text: str,
     box: Sequence[float],
-    colour: str,
     size: tuple[int, int],
-) -> None:
-    """A label above the box, moved inside the picture where there is no room."""
-    left, top, right, bottom = pen.textbbox((0, 0), text, font=font)
-    width, height = right - left + 8, bottom - top + 6
-    x = min(max(0.0, box[0]), size[0] - width)
-    y = box[1] - height if box[1] >= height else min(box[1], size[1] - height)
-    pen.rectangle([x, y, x + width, y + height], fill=colour)
-    pen.text((x + 4 - left, y + 3 - top), text, fill=INK, font=font)
+    taken: Sequence[Box] = (),
+) -> Box:
+    """Where a label goes: of the places at its box and inside the picture, the one that hides the least of others."""
+    width = pen.textlength(text, font=font) + 2 * _padding(font)
+    height = float(sum(font.getmetrics()))
+    rightmost, lowest = max(0.0, size[0] - 1 - width), max(0.0, size[1] - 1 - height)
+    left, top, right, bottom = box
+    places: list[Box] = []
+    for x, y in (
+        (left, top - height),
+        (right - width, top - height),
+        (left, bottom),
+        (right - width, bottom),
+        (left, top),
+        (left, bottom - height),
+        (right, top),
+        (left - width, top),
+        (left, min(top, lowest)),  # there is always this one
+    ):
+        if 0 <= y <= lowest:
+            x = min(max(0.0, x), rightmost)
+            places.append((x, y, x + width, y + height))
+    return min(places, key=lambda place: sum(_common_area(place, other) for other in taken))
+
+
+def _tag(pen: ImageDraw.ImageDraw, font: ImageFont.FreeTypeFont, text: str, place: Box, colour: str) -> None:
+    pen.rectangle(place, fill=colour)
+    pen.text((place[0] + _padding(font), place[1]), text, fill=INK, font=font)
+
+
+def _common_area(a: Box, b: Box) -> float:
+    return max(0.0, min(a[2], b[2]) - max(a[0], b[0])) * max(0.0, min(a[3], b[3]) - max(a[1], b[1]))
 
 
 def contact_sheet(
@@ -115,14 +195,16 @@ def annotation_sheet(
             canvas = image.convert("RGB").resize(
                 (width, round(item.height * scale)), Image.Resampling.LANCZOS
             )
-        pen, font = ImageDraw.Draw(canvas, "RGBA"), ImageFont.load_default(size=11)
+        pen, font = ImageDraw.Draw(canvas, "RGBA"), _font(11)
         areas = (item.boxes[:, 2:] - item.boxes[:, :2]).prod(axis=1)
         for i in np.argsort(-areas, kind="stable"):
             box, label = [float(v) * scale for v in item.boxes[i]], int(item.labels[i])
             colour = colour_of(label)
             pen.rectangle(box, outline=colour, width=2)
-            _tag(pen, font, classes[label - 1], box, colour, canvas.size)
-        _tag(pen, font, item.path.name, (0, canvas.height, 0, canvas.height), PAPER, canvas.size)
+            name = classes[label - 1]
+            _tag(pen, font, name, _place(pen, font, name, box, canvas.size), colour)
+        name, corner = item.path.name, (0, canvas.height, 0, canvas.height)
+        _tag(pen, font, name, _place(pen, font, name, corner, canvas.size), PAPER)
         tiles.append(canvas)
     _lay_out(tiles, classes, out, title=title, columns=columns, width=width, truth=False)
 
@@ -152,7 +234,7 @@ def _lay_out(
     sheet = Image.new("RGB", (sheet_width, header + sum(heights) + gap * len(rows) + margin), PAPER)
     pen = ImageDraw.Draw(sheet)
     if title:
-        pen.text((margin, 14), title, fill=INK, font=ImageFont.load_default(size=24))
+        pen.text((margin, 14), title, fill=INK, font=_font(24))
     _legend(pen, classes, margin, header - 34, sheet_width - margin, truth)
     y = header
     for row, height in zip(rows, heights, strict=True):
@@ -166,7 +248,7 @@ def _legend(
     pen: ImageDraw.ImageDraw, classes: Sequence[str], x: float, y: float, right: float, truth: bool
 ) -> None:
     """The classes' colours from x to `right`, as many as there is room for."""
-    font = ImageFont.load_default(size=15)
+    font = _font(15)
     entries = [(name, colour_of(i), colour_of(i)) for i, name in enumerate(classes, start=1)]
     if truth:
         entries.append(("ground truth", TRUTH, INK))
