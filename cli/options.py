@@ -13,6 +13,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.logging import RichHandler
+from rich.markup import escape
 
 from federation import plugins
 from federation.errors import FedqueueError
@@ -49,7 +50,7 @@ def load(**overrides: Any) -> Settings:
 def fail(error: FedqueueError | str) -> NoReturn:
     """One red line, exit status 1."""
     kind = f"{type(error).__name__}: " if isinstance(error, FedqueueError) else ""
-    errors.print(f"[bold red]{kind}[/]{error}", highlight=False, soft_wrap=True)
+    errors.print(f"[bold red]{kind}[/]{escape(str(error))}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
 
 

@@ -1,55 +1,104 @@
-"""Detection in image files: what a site does with a finished model."""
+"""Detection in pictures: what a site does with a finished model. Pictures stream through, a batch at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
-from detection.dataset import read_square
 from detection.evaluate import BATCH, Found, to_pixels
+from detection.frames import Frame, read_image
 from detection.weights import load_state, module_for
-from federation.errors import BadDataset
+from federation.errors import BadSettings
 from federation.jobs import JobSpec
+
+SCORE = 0.35
+
+
+class Detector:
+    """The job's model with the full state `weights`, ready to detect on `device`.
+
+    Raises BadPayload if the weights are not this architecture's, BadSettings for a device that there is not.
+    """
+
+    def __init__(
+        self, spec: JobSpec, weights: Mapping[str, NDArray[np.generic]], device: str = "auto"
+    ) -> None:
+        self.device = choose_device(device)
+        self.side = spec.plan.image_size
+        self._module: nn.Module = module_for(spec)
+        load_state(self._module, weights)
+        self._module.to(self.device).eval()
+
+    def detect(
+        self,
+        frames: Iterable[Frame],
+        *,
+        batch: int = BATCH,
+        score_threshold: float = SCORE,
+        labels: Collection[int] | None = None,
+    ) -> Iterator[tuple[Frame, Found]]:
+        """Each frame with its objects of at least `score_threshold` (0..1), boxes in its pixels, best first.
+
+        labels: the only classes wanted, by 1..C. At most `batch` frames are held at a time. What reading
+        `frames` raises comes through; raises BadSettings if the device has too little memory.
+        """
+        waiting = iter(frames)
+        while group := list(islice(waiting, batch)):
+            squares = torch.stack([_square(frame.image, self.side) for frame in group])
+            for frame, result in zip(group, self._run(squares), strict=True):
+                found = to_pixels(result, frame.width / self.side, frame.height / self.side)
+                keep = found.scores >= score_threshold
+                if labels is not None:
+                    keep &= np.isin(found.labels, list(labels))
+                yield frame, Found(found.boxes[keep], found.labels[keep], found.scores[keep])
+
+    def _run(self, squares: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+        try:
+            with torch.inference_mode():
+                results = self._module(squares.to(self.device).float().div_(255))
+                return [{name: value.cpu() for name, value in result.items()} for result in results]
+        except torch.OutOfMemoryError as exc:
+            raise BadSettings(
+                f"{self.device} has too little memory for {len(squares)} pictures at a time: use a smaller batch"
+            ) from exc
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is a GPU if there is one; else `cpu`, `cuda` or `cuda:N`. Raises BadSettings."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    kind, _, number = name.partition(":")
+    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
+        raise BadSettings(f"a device is auto, cpu, cuda or cuda:N, not {name!r}")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise BadSettings(f"{name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
 
 
 def predict(
     spec: JobSpec,
     weights: Mapping[str, NDArray[np.generic]],
     image_paths: Sequence[Path],
-    score_threshold: float = 0.35,
+    score_threshold: float = SCORE,
 ) -> list[Found]:
-    """Objects of at least `score_threshold` (0..1) in each image, boxes in pixels of the file, best first.
+    """Objects of at least `score_threshold` (0..1) in each image file, boxes in its pixels as they are stored.
 
     `weights` is a full state. Raises BadDataset for a file that is missing or no image, BadPayload if the
     weights are not this architecture's.
     """
-    module = module_for(spec)
-    load_state(module, weights)
-    module.eval()
-    side = spec.plan.image_size
-    found: list[Found] = []
-    for first in range(0, len(image_paths), BATCH):
-        paths = image_paths[first : first + BATCH]
-        squares = torch.stack([read_square(path, side) for path in paths])
-        with torch.inference_mode():
-            results = module(squares.float().div_(255))
-        for path, result in zip(paths, results, strict=True):
-            width, height = _size(path)
-            one = to_pixels(result, width / side, height / side)
-            keep = one.scores >= score_threshold
-            found.append(Found(one.boxes[keep], one.labels[keep], one.scores[keep]))
-    return found
+    detector = Detector(spec, weights)
+    frames = (read_image(path, upright=False, at_least=detector.side) for path in image_paths)
+    return [found for _, found in detector.detect(frames, score_threshold=score_threshold)]
 
 
-def _size(path: Path) -> tuple[int, int]:
-    """Width and height in pixels, from the file's header."""
-    try:
-        with Image.open(path) as image:
-            return image.size
-    except OSError as exc:
-        raise BadDataset(f"{path}: cannot be read as an image ({exc}): replace the file") from exc
+def _square(image: Image.Image, side: int) -> torch.Tensor:
+    """uint8 [3, side, side], as in training."""
+    pixels = np.array(image.resize((side, side), Image.Resampling.BILINEAR))
+    return torch.from_numpy(pixels).permute(2, 0, 1)

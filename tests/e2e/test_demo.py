@@ -33,8 +33,8 @@ SITES = ("north", "harbour", "market")
 VERSIONS = 4
 
 
-def fedqueue(*arguments: str, config: Path | None = None, limit_s: float = 280) -> str:
-    """Run the command; its output. Fails with it if the command fails."""
+def fedqueue(*arguments: str, config: Path | None = None, limit_s: float = 280, expect: int = 0) -> str:
+    """Run the command; its output. Fails with it if the command ends otherwise than expected."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("FEDQUEUE_")}
     environment = inherited | ({CONFIG_ENV: str(config)} if config else {}) | {"COLUMNS": "200"}
     done = subprocess.run(
@@ -46,7 +46,7 @@ def fedqueue(*arguments: str, config: Path | None = None, limit_s: float = 280) 
         timeout=limit_s,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == expect, done.stdout + done.stderr
     return done.stdout
 
 
@@ -100,11 +100,18 @@ def test_embedded(tmp_path: Path) -> None:
     fedqueue("model", "pull", "generated", "--out", str(out), "--store-url", store_url)
     assert out.read_bytes() == (folder / "model.safetensors").read_bytes()
     image = next((folder / "data" / "images").glob("*.jpg"))
-    fedqueue(
-        "predict", str(image), "--job", "generated", "--store-url", store_url, "--out", str(tmp_path / "p")
-    )
-    assert (tmp_path / "p" / f"{image.stem}.png").is_file()
-    assert isinstance(json.loads((tmp_path / "p" / "predictions.json").read_text()), list)
+    use = ("predict", str(image), "--job", "generated", "--store-url", store_url)
+    use += ("--cache", str(tmp_path / "cache"), "--score", "0.01", "--out", str(tmp_path / "p"))
+    fedqueue(*use)
+    assert (tmp_path / "p" / image.name).is_file()
+    online = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    assert online["info"]["version"] == VERSIONS
+    assert online["results"]
+    (folder / "store").rename(folder / "away")
+    fedqueue(*use, "--no-draw")
+    offline = json.loads((tmp_path / "p" / "predictions.json").read_text())
+    assert (offline["results"], offline["info"]["offline"]) == (online["results"], True)
+    fedqueue(*use, "--version", "best", expect=1)
     assert not isinstance(store, MemoryStore)
 
 

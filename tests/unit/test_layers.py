@@ -58,6 +58,7 @@ THIRD_PARTY: dict[str, set[str]] = {
     "torchvision": {"detection"},
     "pycocotools": {"detection"},
     "PIL": {"detection", "cli"},
+    "av": {"detection"},
     "matplotlib": {"detection", "cli"},
     "yaml": {"detection"},  # data.yaml of YOLO data sets
     "rich": {"cli"},
