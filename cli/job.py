@@ -13,6 +13,7 @@ import typer
 from rich.table import Table
 
 from broker.open import connect, declare
+from cli.figures import Figures
 from cli.initial import first_weights
 from cli.options import BrokerUrl, JobArgument, StoreUrl, console, existing, export, fail, load
 from cli.shares import shares
@@ -27,6 +28,9 @@ from storage.models import save_model
 from storage.open import open_store
 from storage.probe import probe
 from storage.tensors import from_arrays
+
+MEASURED_SHOWN = 5
+"""Newest measured versions in `status`, and the best one."""
 
 app = typer.Typer(help="Create jobs and look at them.", no_args_is_help=True)
 
@@ -124,7 +128,7 @@ def _exists(store: BlobStore, job_id: str) -> bool:
 
 @app.command()
 def status(job: JobArgument, store_url: StoreUrl = None) -> None:
-    """Where a job stands: version, what waits, each site's share, the newest metrics, bytes.
+    """Where a job stands: version, what waits, each site's share, the newest metrics and the best, bytes.
 
     Example: fedqueue job status street
     """
@@ -144,10 +148,14 @@ def status(job: JobArgument, store_url: StoreUrl = None) -> None:
         f"version {head.version} of {the_job.spec.stop.max_versions}, {len(head.pending)} updates waiting"
     )
     console.print(f"closed: {head.closed}" if head.closed else "open")
-    if evaluations:
-        newest = max(evaluations, key=lambda e: e.version)
-        shown = ", ".join(f"{name} {value:.3f}" for name, value in newest.metrics.items())
-        console.print(f"version {newest.version} measured by {newest.who}: {shown}")
+    figures = Figures.of(the_job.spec, head.version, evaluations)
+    if figures.measured:
+        measured = Table("version", "", *figures.headings(), box=None)
+        best = {figures.best.version} if figures.best is not None else set()
+        for version in sorted({*sorted(figures.measured)[-MEASURED_SHOWN:], *best}):
+            measured.add_row(str(version), figures.mark(version), *figures.row(version))
+        console.print(measured)
+        console.print()
     table = Table("site", "merged", "rejected", "mean staleness", "sum of weights", "MB sent", box=None)
     for site, share in sorted(shares(records).items()):
         table.add_row(

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from cli.archs import archs
+from cli.figures import Figures, metrics
 from cli.options import JobArgument, StoreUrl, console, fail, load
 from federation.errors import FedqueueError, NotFound
 from federation.types import Created, Published
@@ -21,6 +22,7 @@ from storage.tensors import encode
 
 app = typer.Typer(help="Model versions and architectures.", no_args_is_help=True)
 app.command()(archs)
+app.command()(metrics)
 
 Version = Annotated[
     int | None,
@@ -30,28 +32,28 @@ Version = Annotated[
 
 @app.command("list")
 def list_versions(job: JobArgument, store_url: StoreUrl = None) -> None:
-    """The stored versions of a job, with what was measured of them.
+    """The stored versions of a job, with what the server and the sites measured of them; which is best, and newest.
 
     Example: fedqueue model list street
     """
     store = open_store(load(store_url=store_url))
     try:
         with console.status("reading the log"):
-            load_job(store, job)
+            spec = load_job(store, job).spec
             records = list(VersionLog(store, job).history())
-            measured = {e.version: e for e in list_evaluations(store, job)}
+            figures = Figures.of(spec, records[-1].head.version, list_evaluations(store, job))
     except (FedqueueError, NotFound) as exc:
         fail(exc)
-    table = Table("version", "made (UTC)", "updates", "mAP@0.5", "mAP@[.5:.95]", "bytes", "sha256", box=None)
+    table = Table("version", "", "made (UTC)", "updates", *figures.headings(), "bytes", "sha256", box=None)
     for record in records:
         if isinstance(record.event, Created | Published):
             current = record.head.current
-            metrics = measured[current.version].metrics if current.version in measured else {}
             table.add_row(
                 str(current.version),
+                figures.mark(current.version),
                 f"{record.at:%Y-%m-%d %H:%M:%S}",
                 str(len(record.event.merged)) if isinstance(record.event, Published) else "0",
-                *(f"{metrics[name]:.3f}" if name in metrics else "" for name in ("mAP@0.5", "mAP@[.5:.95]")),
+                *figures.row(current.version),
                 str(current.model.nbytes),
                 current.model.sha256[:12],
             )

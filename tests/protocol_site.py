@@ -1,6 +1,7 @@
 """A site written from docs/protocol.md alone: standard library, pika, minio, and nothing of fedqueue.
 
-It contributes one update, each weight of the newest version plus one, and prints what became of it as JSON:
+It contributes one update, each weight of the newest version plus one, reports a measurement of the version that holds
+it, and prints what became of the update as JSON:
 
     python protocol_site.py JOB SITE     with AMQP_URL, S3_ENDPOINT, S3_BUCKET, S3_ACCESS_KEY, S3_SECRET_KEY
 
@@ -68,7 +69,7 @@ class Site:
             if exc.code != 412:
                 raise
 
-    # --- §4, §7: messages ----------------------------------------------------------------------------------
+    # --- §4, §7, §8: messages ----------------------------------------------------------------------------------
 
     def publish(self, kind: str, message_type: str, mode: int, body: dict[str, Any], **more: str) -> None:
         """Returns when the broker has confirmed. pika raises UnroutableError or NackError if it did not."""
@@ -135,7 +136,34 @@ class Site:
         self.put_if_absent(key, payload)
         self.put_if_absent(key, payload)  # as after a lost reply
         self.publish("updates", "fedqueue.update.v1", 2, update, message_id=update_id)
-        return self.outcome(update_id, seen)
+        outcome = self.outcome(update_id, seen)
+        if outcome["result"] == "merged":
+            self.report(outcome["version"], job["spec"]["classes"][0])
+        return outcome
+
+    def report(self, version: int, class_name: str) -> None:
+        """§8. Returns when the server has stored it."""
+        report = {
+            "schema_version": 1,
+            "job": self.job,
+            "version": version,
+            "who": self.name,
+            "num_images": 12,
+            "metrics": {"mAP@0.5": 0.5, "my own": 7},
+            "per_class": {"mAP@0.5": {class_name: 0.5}},
+            "at": now(),
+        }
+        self.publish("reports", "fedqueue.report.v1", 2, report)
+        prefix = f"jobs/{self.job}/metrics/"
+        wanted = f"{prefix}{version:010d}/{self.name}.json"
+        deadline = time.monotonic() + PATIENCE_S
+        while wanted not in {
+            entry.object_name for entry in self.s3.list_objects(self.bucket, prefix=prefix, recursive=True)
+        }:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{wanted} is not there")
+            time.sleep(0.2)
+        assert json.loads(self.get(wanted))["metrics"] == {"mAP@0.5": 0.5, "my own": 7}
 
     def outcome(self, update_id: str, seen: str) -> dict[str, Any]:
         """§2, §5: read the log onward until a record decides on the update."""

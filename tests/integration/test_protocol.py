@@ -19,6 +19,7 @@ import pytest
 
 from federation.types import Published
 from storage.access import site_policy
+from storage.jobs import list_evaluations
 from storage.liveness import open_liveness
 from storage.log import VersionLog
 from storage.models import load_model
@@ -81,6 +82,10 @@ def test_a_site_written_from_the_protocol_is_merged_and_seen(
     arrays = load_model(server.store, head.current.model).arrays()
     assert np.all(arrays["conv.weight"] == np.float32(1.0 + ALPHA))
     assert np.all(arrays["norm.running_mean"] == np.float32(1.0))
+
+    (measured,) = list_evaluations(server.store, JOB)
+    assert (measured.version, measured.who, measured.num_images) == (1, SITE, 12)
+    assert measured.per_class == {"mAP@0.5": {"thing": 0.5}}
 
     def beats() -> list[str]:
         return [s.detail for s in open_liveness(server.settings).sites() if s.site == SITE]

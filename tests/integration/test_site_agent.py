@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from federation.errors import BadPayload
 from federation.ids import new_update_id
-from federation.jobs import AggregationPolicy, JobSpec, StopRule
+from federation.jobs import AggregationPolicy, EvaluationPolicy, JobSpec, StopRule
 from federation.settings import Settings
-from federation.types import LogRecord, Published
+from federation.types import Evaluation, LogRecord, Published
 from producers.outbox import Outbox
+from storage.jobs import best_version, list_evaluations
 from storage.log import VersionLog
 from storage.models import load_model
 from tests.factories import Arrays, client_update, job_spec, payload_of, toy_arrays
@@ -135,3 +140,51 @@ def test_a_failed_training_sends_nothing_and_is_tried_again(server: Server, tmp_
     run_until_closed(server, job, {"site-a": trainer}, tmp_path)
     assert trainer.bases == [0, 0, 1, 1]
     assert len(merged_ids(server, job)) == 2
+
+
+@dataclass
+class ToyMeasured:
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+    num_images: int
+
+
+@dataclass
+class MeasuringTrainer(ToyTrainer):
+    """Measures the mean weight on `num_validation_images` images."""
+
+    num_validation_images: int = 3
+
+    def evaluate(self, spec: JobSpec, weights: Arrays, on_image: Callable[[int], None]) -> ToyMeasured:
+        on_image(self.num_validation_images)
+        mean = float(np.mean(weights["conv.weight"], dtype=np.float64))
+        return ToyMeasured(
+            {"mean weight": mean}, {"mean weight": {"thing": mean}}, self.num_validation_images
+        )
+
+
+def test_sites_report_what_they_measured_of_the_same_versions(server: Server, tmp_path: Path) -> None:
+    policy = EvaluationPolicy(sites_every=3, metric="mean weight")
+    job = new_job(server, stop=StopRule(max_versions=7), evaluation=policy)
+    images = {"site-a": 3, "site-b": 9}
+    run_until_closed(
+        server,
+        job,
+        {site: MeasuringTrainer(0.02, num_validation_images=n) for site, n in images.items()},
+        tmp_path,
+    )
+
+    def found() -> list[Evaluation]:
+        return list_evaluations(server.store, job)
+
+    until("both to report on the last version", lambda: [e.version for e in found()].count(7) == 2)
+    stored = {r.head.version for r in records(server, job)}
+    due = {v for u, v in pairwise(sorted(stored)) if v // 3 > u // 3} | {7}
+    assert {e.version for e in found()} <= due
+    for e in found():
+        model = load_model(server.store, VersionLog(server.store, job).version(e.version).model).arrays()
+        assert e.metrics["mean weight"] == pytest.approx(float(model["conv.weight"].mean()), abs=1e-5)
+        assert e.num_images == images[e.who]
+    best = best_version(server.store, job)
+    assert best is not None
+    assert best.version in due

@@ -32,7 +32,7 @@ def test_the_commands_of_the_documentation_are_there() -> None:
         "site": "run list",
         "job": "create status history",
         "data": "check split convert",
-        "model": "list pull",
+        "model": "list metrics pull",
         "deadletter": "list show requeue",
         "server": "init definitions bucket-policy",
     }.items():
