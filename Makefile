@@ -36,6 +36,7 @@ chaos: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.merge
 	$(BIN)/python -m benchmarks.backlog
+	$(BIN)/python -m benchmarks.loading
 
 # Real servers with accounts on free ports, for trying things by hand; prints the settings, ends with Ctrl-C.
 servers: $(VENV)/.test

@@ -55,6 +55,8 @@ def test_defaults_are_the_embedded_mode() -> None:
         ("live_url", "rediss://h", SecretStr("rediss://h")),
         ("site", "north", "north"),
         ("site_images", "/data/images", Path("/data/images")),
+        ("site_format", "yolo", "yolo"),
+        ("site_disk_cache_bytes", "1000000", 1_000_000),
         ("site_duty", "0.25", 0.25),
         ("threads", "4", 4),
         ("poll_s", "0.5", 0.5),
@@ -70,6 +72,8 @@ def test_the_environment_is_read(
 
 
 WRONG = [
+    ("site_format", "pascal"),
+    ("site_cache_bytes", "-1"),
     ("broker_url", "http://h"),
     ("broker_url", "amqp://"),
     ("broker_url", "amqp:"),
