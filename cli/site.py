@@ -76,6 +76,13 @@ def run(
     threads: Annotated[
         int | None, typer.Option(envvar=env_name("threads"), help="CPU threads; 0: all")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(envvar=env_name("device"), help="auto, cpu, cuda or cuda:N")
+    ] = None,
+    nice: Annotated[
+        int | None,
+        typer.Option(envvar=env_name("site_nice"), help="0 to 19: how far to give way to other programs"),
+    ] = None,
     broker_url: BrokerUrl = None,
     store_url: StoreUrl = None,
 ) -> None:
@@ -95,13 +102,17 @@ def run(
         site_state=state,
         site_duty=duty,
         threads=threads,
+        device=device,
+        site_nice=nice,
         broker_url=broker_url,
         store_url=store_url,
     )
     if settings.site is None:
         fail("a site needs a name: --site or FEDQUEUE_SITE")
     from producers.agent import SiteAgent
+    from producers.niceness import be_nice
 
+    be_nice(settings.site_nice)
     try:
         agent = SiteAgent(
             settings,
@@ -129,19 +140,28 @@ def _trainer(settings: Settings) -> Trainer:
 
 @app.command("list")
 def list_sites(live_url: LiveUrl = None) -> None:
-    """Show the sites whose heartbeat is fresh.
+    """Show the sites whose heartbeat is fresh, and below them what last went wrong in their training.
 
     Example: fedqueue site list
     """
     settings = load(live_url=live_url)
     try:
-        statuses = open_liveness(settings).sites()
+        statuses = sorted(open_liveness(settings).sites(), key=lambda status: status.site)
     except FedqueueError as exc:
         fail(exc)
     table = Table(
-        "site", "state", "job", "from version", "step", "outbox", "sent", "last seen (UTC)", box=None
+        "site",
+        "state",
+        "job",
+        "from version",
+        "step",
+        "outbox",
+        "sent",
+        "dropped",
+        "last seen (UTC)",
+        box=None,
     )
-    for status in sorted(statuses, key=lambda s: s.site):
+    for status in statuses:
         table.add_row(
             status.site,
             status.state,
@@ -150,6 +170,15 @@ def list_sites(live_url: LiveUrl = None) -> None:
             f"{status.step}/{status.steps}",
             str(status.outbox),
             str(status.updates),
+            str(status.dropped),
             f"{status.at:%H:%M:%S}",
         )
     console.print(table)
+    for status in statuses:
+        if status.problem_at is not None:
+            console.print(
+                f"{status.site} at {status.problem_at:%H:%M:%S}: {status.problem}",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )

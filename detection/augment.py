@@ -44,6 +44,11 @@ def batch(
     return images, [target for _, target in pairs]
 
 
+def decoded_side(side: int, policy: Augmentation) -> int:
+    """At which side images are decoded, once: enough pixels for the closest view."""
+    return ceil(side * policy.max_scale) if policy.rescale else side
+
+
 def whole_target(dataset: Dataset, index: int, side: int) -> Target:
     """Ground truth of an image that was only resized."""
     item = dataset.items[index]
@@ -59,8 +64,7 @@ def _view(
     A share of the images is scaled by s in [min_scale, max_scale], uniform in log s, and cropped or padded at a
     random place.
     """
-    # Enough pixels for the closest view, decoded once.
-    source_side = ceil(side * policy.max_scale) if policy.rescale else side
+    source_side = decoded_side(side, policy)
     image = tv_tensors.Image(dataset.square(index, source_side))
     truth = whole_target(dataset, index, source_side)
     boxes = tv_tensors.BoundingBoxes(truth["boxes"], format="XYXY", canvas_size=(source_side, source_side))

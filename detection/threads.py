@@ -1,10 +1,12 @@
-"""How a training process uses the machine: CPU threads and memory."""
+"""How a training process uses the machine: device, CPU threads and memory."""
 
 from __future__ import annotations
 
 import ctypes
 
 import torch
+
+from federation.errors import BadSettings
 
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # parameters of mallopt(3), malloc.h
 
@@ -16,6 +18,22 @@ def use_threads(count: int) -> None:
     """
     if count:
         torch.set_num_threads(count)
+
+
+def pick_device(name: str) -> str:
+    """torch's name of setting `device`: auto (CUDA if there is any), cpu, cuda or cuda:N. Raises BadSettings."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BadSettings(
+                f"device is {name}, but torch finds no CUDA here: check the driver, or set it to auto or cpu"
+            )
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            raise BadSettings(f"device is {name}, but there are {count}: take cuda:0 to cuda:{count - 1}")
+    return name
 
 
 def keep_freed_memory() -> None:

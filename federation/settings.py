@@ -111,6 +111,14 @@ class Settings(BaseSettings):
         description="what trains here instead of the built-in detector training: an entry point of group "
         "fedqueue.trainers, or package.module:attribute (docs/custom-models.md)",
     )
+    site_nice: int = Field(
+        default=10, ge=0, le=19, description="how far a site gives way to other programs, as of nice(1)"
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
+        description="where a site trains: auto (CUDA if there is any), cpu, cuda or cuda:N",
+    )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of torch; 0: torch decides")
     predict_cache: Path = Field(
         default=Path(".fedqueue/predict"),

@@ -71,6 +71,15 @@ class SiteStatus(Value):
     outbox: int = Field(default=0, ge=0, description="updates finished but not confirmed by the broker")
     updates: int = Field(default=0, ge=0, description="updates confirmed since the agent started")
     detail: str = Field(default="", max_length=200, description="what it waits for, in words")
+    dropped: int = Field(
+        default=0, ge=0, description="attempts at training that failed since the agent started"
+    )
+    problem: str = Field(
+        default="",
+        max_length=200,
+        description="the last thing that went wrong in training: its kind, then words",
+    )
+    problem_at: AwareDatetime | None = None
     agent_version: str = Field(default="", max_length=32)
     at: AwareDatetime
 

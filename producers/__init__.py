@@ -8,4 +8,5 @@ follow.py             what the job's log says: newest version, what became of ou
 local.py              from a stored version to weights and back to a payload (norm policy, differences)
 heartbeat.py          tells the server what this site is doing
 backoff.py            how long to wait after a failure
+niceness.py           giving way to other programs
 """

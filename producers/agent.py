@@ -48,13 +48,19 @@ from storage.blob import BlobStore
 from storage.jobs import load_job
 from storage.log import VersionLog
 from storage.models import ModelCache
-from storage.tensors import TensorFile
+from storage.tensors import TensorFile, decode
 
 log = logging.getLogger("fedqueue.site")
 
 CACHED_MODELS = 3
 RESYNC_EVERY = 5
 """Looks at the store happen at every control message, and without one at every so-many-th poll."""
+
+PRIVATE = {
+    "bad-dataset": "images cannot be read; the site's log names them",
+    "trainer-failed": "the site's own trainer raised an error; the site's log says which",
+}
+"""Failures whose words may name files or quote data: they go no further than the site's own log."""
 
 
 class Trained(Protocol):
@@ -70,11 +76,15 @@ class Trained(Protocol):
 
 @dataclass(frozen=True)
 class Progress:
-    """Where training is: gradient steps done of how many, and passes over the local images."""
+    """Where training is: gradient steps done of how many, and passes over the local images.
+
+    `left_out`: images that training does without because they cannot be read.
+    """
 
     step: int
     steps: int
     epoch: float
+    left_out: int = 0
 
 
 class Trainer(Protocol):
@@ -93,7 +103,10 @@ class Trainer(Protocol):
         seed: int,
         on_progress: Callable[[Progress], None],
     ) -> Trained:
-        """Run the job's plan from `weights`, all tensors of the model. Same arguments, same result on a CPU."""
+        """Run the job's plan from `weights`, all tensors of the model. Same arguments, same result on a CPU.
+
+        Raises Rejected or MemoryError if this attempt came to nothing; the agent makes another.
+        """
         ...
 
 
@@ -122,6 +135,7 @@ class SiteAgent:
         self._heartbeat = Heartbeat(self.site, connect, settings.heartbeat_s, settings.heartbeat_ttl_s)
         self._heartbeat.update(job=job_id, agent_version=agent_version)
         self._attempts: dict[int, int] = {}
+        self._failed_attempts = 0
         self._epochs = 0.0
         self._next_hint = 0.0
         self._evaluation: LocalEvaluation | None = None
@@ -177,11 +191,12 @@ class SiteAgent:
         self._heartbeat.update(state="pulling", base_version=base, detail="")
         version = self._pull(model, head)
         weights = model.assemble(version)
-        self._heartbeat.update(state="training", step=0, steps=job.spec.plan.local_steps)
+        self._heartbeat.update(state="training", step=0, steps=0)
         log.info("training from version %d", base)
         attempt = self._attempts.get(base, 0)
         self._attempts = {base: attempt + 1}
         self._next_hint = 0.0
+        dropped: Dropped | None = None
         try:
             trained = self._trainer.train(
                 job.spec,
@@ -190,17 +205,32 @@ class SiteAgent:
                 seed=training_seed(job.spec.plan.seed, self.site, base, attempt),
                 on_progress=self._progress,
             )
-        except Rejected as exc:  # it diverged, or an image has become unreadable: nothing is sent
-            raise Transient(f"this attempt is dropped, another follows: {exc}") from exc
-        reach(Point.TRAINED)
+            reach(Point.TRAINED)
+            arrays = dict(trained.weights)
+            payload = model.payload(version, arrays)
+            decode(payload, version.layout)  # as the server will: it would refuse what is broken
+        except (Rejected, MemoryError) as exc:
+            dropped = self._dropped(exc)
+        if dropped is not None:
+            raise dropped  # out here, because the failure's traceback may hold every tensor of a step
         self._epochs = self._heartbeat.status.epoch
-        arrays = dict(trained.weights)
-        payload = model.payload(version, arrays)
         update = self._describe(job, base, trained, payload)
         model.keep_norm(version, arrays)
         self._heartbeat.update(state="uploading")
         self._outbox.put(update, payload)
         log.info("update %s: finished, %s", update.update_id, _metrics(trained))
+
+    def _dropped(self, exc: Rejected | MemoryError) -> Dropped:
+        """Report an attempt that came to nothing; nothing of it is sent."""
+        self._failed_attempts += 1
+        reason = exc.reason if isinstance(exc, Rejected) else "out-of-memory"
+        words = str(exc) or "the memory of this machine is not enough"
+        self._report(reason, PRIVATE.get(reason, words))
+        self._heartbeat.update(dropped=self._failed_attempts)
+        return Dropped(f"attempt dropped ({reason}), another follows: {words}")
+
+    def _report(self, kind: str, words: str) -> None:
+        self._heartbeat.update(problem=f"{kind}: {words}"[:200], problem_at=datetime.now(UTC))
 
     def _pull(self, model: LocalModel, head: Head) -> TensorFile:
         """The head's model. Raises Transient if it is gone because this site slept since it looked."""
@@ -231,6 +261,11 @@ class SiteAgent:
 
     def _progress(self, progress: Progress) -> None:
         self._heartbeat.update(step=progress.step, steps=progress.steps, epoch=self._epochs + progress.epoch)
+        if progress.step == 0 and progress.left_out:
+            self._report(
+                "bad-dataset",
+                f"images that cannot be read and are left out: {progress.left_out}; the site's log names them",
+            )
         if self._stop.is_set():
             raise Stopped
         if time.monotonic() > self._next_hint:
@@ -281,12 +316,17 @@ class SiteAgent:
             except Transient as exc:
                 seconds = self._backoff.next_s()
                 log.warning("waiting %.1f s: %s", seconds, exc)
-                self._heartbeat.update(state="waiting", detail=str(exc)[:200])
+                why = "before another attempt" if isinstance(exc, Dropped) else str(exc)
+                self._heartbeat.update(state="waiting", detail=why[:200])
                 self._stop.wait(seconds)
             else:
                 self._backoff.reset()
                 return result
         return None
+
+
+class Dropped(Transient):
+    """An attempt at training came to nothing; another follows."""
 
 
 class Stopped(FedqueueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,10 @@ from detection import engine
 from detection.cache import DiskCache
 from detection.dataset import DEFAULT_CACHE_BYTES, Dataset, load_dataset
 from detection.evaluate import Evaluated, evaluate
-from detection.threads import use_threads
+from detection.recheck import PresentImages
+from detection.threads import pick_device, use_threads
 from detection.weights import module_for
-from federation.errors import BadSettings
+from federation.errors import BadDataset, BadSettings
 from federation.jobs import JobSpec
 from federation.settings import Settings
 from producers.agent import Progress, Trained
@@ -33,7 +34,8 @@ log = logging.getLogger("fedqueue.site")
 class DetectionTrainer:
     """`duty`: share of the time, 0 to 1, that training may compute. `images`, `format`: found out if None.
 
-    `disk_cache`: folder of decoded images and its limit in bytes; None: they are kept in memory alone.
+    `disk_cache`: folder of decoded images and its limit in bytes; None: they are kept in memory alone. `device`: as
+    torch names it.
     """
 
     annotations: Path
@@ -43,8 +45,10 @@ class DetectionTrainer:
     cache_bytes: int = DEFAULT_CACHE_BYTES
     disk_cache: tuple[Path, int] | None = None
     validation: Validation = field(default_factory=Validation)
+    device: str = "cpu"
     _validation: Dataset | None = None
     _dataset: Dataset | None = None
+    _present: PresentImages | None = None
 
     @classmethod
     def from_settings(cls, settings: Settings) -> DetectionTrainer:
@@ -64,6 +68,7 @@ class DetectionTrainer:
             settings.site_cache_bytes,
             (settings.site_state / DECODED, disk_bytes) if disk_bytes else None,
             Validation.from_settings(settings),
+            pick_device(settings.device),
         )
 
     def prepare(self, spec: JobSpec) -> None:
@@ -81,6 +86,7 @@ class DetectionTrainer:
         )
         self._dataset, self._validation = self.validation.apart(dataset, spec.classes)
         log.info("%d images, %d bytes that stay here", self._dataset.num_examples, self._dataset.image_bytes)
+        self._present = PresentImages(self._dataset)
 
     def train(
         self,
@@ -91,17 +97,34 @@ class DetectionTrainer:
         seed: int,
         on_progress: Callable[[Progress], None],
     ) -> Trained:
-        """The job's plan from `weights`; the learning rate follows the job's progress through its versions."""
-        assert self._dataset is not None, "prepare() comes first"
-        return engine.train(
-            spec,
-            weights,
-            self._dataset,
-            seed=seed,
-            progress=spec.progress(base_version),
-            duty=self.duty,
-            on_step=lambda report: on_progress(Progress(report.step, report.steps, report.epoch)),
-        )
+        """The job's plan from `weights`; the learning rate follows the job's progress through its versions.
+
+        An image that cannot be read any more ends this attempt with BadDataset, and the next ones do without it until
+        it can be read again.
+        """
+        assert self._present is not None, "prepare() comes first"
+        present = self._present.look_again(spec.plan)
+        left_out = len(self._present.left_out)
+        steps = spec.plan.steps_for(present.num_examples)
+        on_progress(Progress(0, steps, 0.0, left_out))
+        try:
+            trained = engine.train(
+                spec,
+                weights,
+                present,
+                seed=seed,
+                progress=spec.progress(base_version),
+                duty=self.duty,
+                device=self.device,
+                on_step=lambda report: on_progress(
+                    Progress(report.step, report.steps, report.epoch, left_out)
+                ),
+            )
+        except BadDataset:
+            self._present.find_unreadable(spec.plan, lambda: on_progress(Progress(0, steps, 0.0, left_out)))
+            raise
+        metrics = trained.metrics | ({"left_out": float(left_out)} if left_out else {})
+        return replace(trained, metrics=metrics)
 
     @property
     def num_validation_images(self) -> int:

@@ -69,6 +69,9 @@ site_statuses = st.builds(
     outbox=st.integers(0, 2**40),
     updates=st.integers(0, 2**40),
     detail=texts,
+    dropped=st.integers(0, 2**40),
+    problem=texts,
+    problem_at=st.none() | times,
     agent_version=st.text("0123456789.", max_size=32),
     at=times,
 )

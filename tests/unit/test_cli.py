@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from federation.settings import Settings, env_name
+from federation.types import SiteStatus
+from storage.liveness import FolderLiveness
 
 
 def commands(command: Any, path: str = "fedqueue") -> Iterator[tuple[str, Any]]:
@@ -70,3 +74,20 @@ def test_an_unknown_job_is_named_beside_those_there_are(tmp_path: object) -> Non
     result = CliRunner().invoke(app, ["job", "status", "nowhere", "--store-url", f"file:{tmp_path}"])
     assert result.exit_code == 1
     assert "nowhere" in result.output
+
+
+def test_the_list_of_sites_shows_what_went_wrong_in_their_training(tmp_path: Path) -> None:
+    live = FolderLiveness(tmp_path)
+    at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    problem = "out-of-memory: lower the plan's batch_size [16]"
+    bad = SiteStatus(site="south", state="waiting", dropped=3, problem=problem, problem_at=at, at=at)
+    live.beat(bad, 60)
+    live.beat(SiteStatus(site="north", state="training", at=at), 60)
+    result = CliRunner().invoke(
+        app, ["site", "list", "--live-url", f"file:{tmp_path}"], env={"COLUMNS": "200"}
+    )
+    assert result.exit_code == 0
+    assert f"south at 03:04:05: {problem}\n" in result.output
+    rows = {line.split()[0]: line.split() for line in result.output.splitlines()}
+    assert rows["north"][-2] == "0"
+    assert result.output.count("north") == 1

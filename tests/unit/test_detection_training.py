@@ -28,9 +28,9 @@ from detection.engine import (
 from detection.evaluate import evaluate
 from detection.families import FAMILIES
 from detection.registry import ARCHS, DEFAULT_ARCH, build
-from detection.threads import use_threads
+from detection.threads import pick_device, use_threads
 from detection.weights import Arrays, exchanged_names, initial_state, load_state, module_for, state
-from federation.errors import BadDataset, BadJob, BadPayload
+from federation.errors import BadDataset, BadJob, BadPayload, BadSettings
 from federation.jobs import AUGMENTATIONS, MAP_50, JobSpec, TrainingPlan
 from storage.tensors import from_arrays
 
@@ -488,6 +488,27 @@ def test_a_batch_goes_to_the_device_whole(dataset: Dataset) -> None:
     moved, moved_targets = to_device(images, targets, torch.device("meta"))
     assert moved.is_meta
     assert all(value.is_meta for target in moved_targets for value in target.values())
+
+
+def test_the_device_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def machine(gpus: int) -> None:
+        monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+        monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+
+    machine(0)
+    assert pick_device("auto") == pick_device("cpu") == "cpu"
+    for name in ("cuda", "cuda:0"):
+        with pytest.raises(BadSettings, match=f"device is {name}, but torch finds no CUDA"):
+            pick_device(name)
+    machine(2)
+    assert [pick_device(name) for name in ("auto", "cpu", "cuda", "cuda:1")] == [
+        "cuda",
+        "cpu",
+        "cuda",
+        "cuda:1",
+    ]
+    with pytest.raises(BadSettings, match="there are 2: take cuda:0 to cuda:1"):
+        pick_device("cuda:2")
 
 
 # --- augmentation --------------------------------------------------------------------------------------
