@@ -9,7 +9,6 @@ Videos are read by PyAV, FFmpeg's libraries, which is an extra.
 
 from __future__ import annotations
 
-import struct
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from detection.images import REDUCING_GAP
+from detection.images import REDUCING_GAP, orientation
 from federation.errors import BadDataset, BadSettings
 
 if TYPE_CHECKING:
@@ -79,7 +78,7 @@ def read_image(path: Path, *, upright: bool = True, at_least: int | None = None)
             width, height = file.size
             if at_least is not None:
                 file.draft("RGB", (REDUCING_GAP * at_least, REDUCING_GAP * at_least))
-            turn = _EXIF_TURNS.get(_orientation(file)) if upright else None
+            turn = _EXIF_TURNS.get(orientation(file)) if upright else None
             image = file.convert("RGB")
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
@@ -89,14 +88,6 @@ def read_image(path: Path, *, upright: bool = True, at_least: int | None = None)
     if turn in _SIDEWAYS:
         width, height = height, width
     return Frame(path, image.transpose(turn), width, height, turned=True)
-
-
-def _orientation(image: Image.Image) -> int:
-    """EXIF's tag 274; 1, upright, where there is none. What cannot be parsed is no reason to refuse the picture."""
-    try:
-        return int(image.getexif().get(274, 1))
-    except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
-        return 1
 
 
 def is_video(path: Path) -> bool:

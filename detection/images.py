@@ -76,14 +76,14 @@ def decode_square(path: Path, side: int) -> tuple[NDArray[np.uint8], ImageFile]:
 
 def _describe(data: bytes, image: Image.Image) -> ImageFile:
     # of a JPEG alone: it is cameras that turn images so, and a PNG would be decoded to find it
-    upright = image.format != "JPEG" or _orientation(image) == 1
+    upright = image.format != "JPEG" or orientation(image) == 1
     return ImageFile(image.width, image.height, len(data), hashlib.sha256(data).hexdigest(), upright)
 
 
-def _orientation(image: Image.Image) -> object:
-    """Upright where there is none. What cannot be parsed is no reason to refuse the picture."""
+def orientation(image: Image.Image) -> int:
+    """EXIF's; 1, upright, where there is none. What cannot be parsed is no reason to refuse the picture."""
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        return int(image.getexif().get(_ORIENTATION, 1))
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, struct.error):
         return 1
 

@@ -61,8 +61,8 @@ def test_an_image_is_turned_as_its_exif_says(tmp_path: Path, orientation: int, a
     assert (frame.width, frame.height) == (120, 80)
     assert is_scene(frame.image)
     assert frame.turned == (orientation != 1)
-    assert frame.image.size == ((120, 80) if at_least is None else (60, 40)), (
-        "JPEG is decoded at half its size"
+    assert frame.image.size == (120, 80) or (at_least and frame.image.width < 120), (
+        "a JPEG is decoded smaller"
     )
     assert frame.original().size == (120, 80)
     assert is_scene(frame.original())
