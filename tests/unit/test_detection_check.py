@@ -192,3 +192,12 @@ def test_a_legend_that_is_too_long_ends_at_the_edge(folder: Path) -> None:
 )
 def test_evenly(count: int, wanted: int, expected: list[int]) -> None:
     assert evenly(count, wanted) == expected
+
+
+def test_an_odd_exif_header_is_no_reason_to_refuse_an_image(folder: Path) -> None:
+    coco = document()
+    coco["images"][2]["file_name"] = "3.jpg"
+    write(folder, coco)
+    (folder / "images/3.png").unlink()
+    Image.new("RGB", (100, 100)).save(folder / "images/3.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
+    assert check(folder).defects == ()
