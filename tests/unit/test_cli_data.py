@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from detection.check import check
+from federation.jobs import Job, JobSpec, ModelRef
+from federation.settings import Settings
+from storage.jobs import save_job
+from storage.open import open_store
 
 
 @pytest.fixture
@@ -60,6 +65,17 @@ def test_check_of_bad_data_names_everything_and_fails(folder: Path) -> None:
     assert "class 'table' is not one of the job's" in output
     assert "no boxes of lamp" in output
     assert "2 defects: missing image 1, unknown class 1" in " ".join(output.split())
+
+
+def test_check_against_the_classes_of_a_job(folder: Path) -> None:
+    spec = JobSpec(id="street", classes=("chair", "Table", "lamp"))
+    ref = ModelRef(key="jobs/street/models/x", sha256="0" * 64, nbytes=1)
+    job = Job(spec=spec, initial=ref, max_update_bytes=1, created_at=datetime.now(UTC))
+    save_job(open_store(Settings(store_url=f"file:{folder}/store")), job)
+    code, output = run("check", folder, "--job", "street", env={"FEDQUEUE_STORE_URL": f"file:{folder}/store"})
+    assert code == 1
+    assert "annotation 4 (4.png): class 'table' is not one of the job's (is 'Table' meant?)" in output
+    assert "no boxes of Table, lamp" in output
 
 
 def test_check_with_every_image_bad_draws_no_sheet(folder: Path) -> None:
