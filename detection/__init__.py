@@ -2,7 +2,9 @@
 
     registry  detectors by name          families the built-in ones         initial  their first weights
     square    their input                fcos     the small default         convention  is tried on foreign ones
-    dataset   COCO files, checked        augment  training batches          speed    what `model archs` measures
+    formats   annotations, four kinds    check    what is wrong with them   images   files, decoded
+    dataset   what training takes        cache    decoded images, kept      split    over several sites
+    augment   training batches           speed    what `model archs` measures
     weights   modules <-> arrays         engine   local training            evaluate average precision
     predict   detection in files         draw     pictures for people       presets  plans known to work
 
