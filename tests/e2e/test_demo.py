@@ -133,6 +133,12 @@ def test_over_real_servers_with_every_sites_own_accounts(
         os.environ.clear()
         os.environ.update(environment)
     assert_proven(assert_trained(folder, store), config=config)
+    # a site's own account is enough to use the best version
+    images, used = str(folder / "data" / "images" / "test-north-*.jpg"), tmp_path / "used"
+    use = ("predict", images, "--job", "generated", "--version", "best", "--no-draw", "--out", str(used))
+    fedqueue(*use, "--cache", str(tmp_path / "cache"), config=tmp_path / "configs" / "north.toml")
+    info = json.loads((used / "predictions.json").read_text())["info"]
+    assert (info["complete"], info["offline"], info["unreadable"]) == (True, False, [])
     logs = {path.name: path.read_text() for path in (folder / "logs").iterdir()}
     assert set(logs) == {"ingress.log", "worker.log", "evaluator.log", *(f"{site}.log" for site in SITES)}
     assert "fedqueue.accept_update" in logs["worker.log"]
