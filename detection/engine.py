@@ -29,6 +29,8 @@ from federation.jobs import JobSpec, TrainingPlan
 
 BETAS = (0.9, 0.99)
 """An update is some tens of steps long: a second moment over 1,000 steps would never settle."""
+LOSS_SCALE = 2.0**10
+"""Of fp16 at the start of an update. torch's own 2^16 takes several steps, which are skipped, to come down."""
 
 
 class Diverged(Rejected):
@@ -240,9 +242,8 @@ def _optimizer(parameters: list[nn.Parameter], plan: TrainingPlan) -> torch.opti
     ]
     if plan.optimizer == "adamw":
         return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, fused=True)
-    return torch.optim.SGD(
-        groups, lr=plan.learning_rate, momentum=plan.momentum, nesterov=plan.nesterov, fused=True
-    )
+    # not fused: on the CPU that kernel takes the step even if the scaler found infinity
+    return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=plan.momentum, nesterov=plan.nesterov)
 
 
 def _mixed_precision(
@@ -255,7 +256,7 @@ def _mixed_precision(
     used = plan.mixed_precision if device.type == "cuda" else "off"
     dtype = torch.float16 if used == "fp16" else torch.bfloat16
     autocast = nullcontext() if used == "off" else torch.autocast(device.type, dtype)
-    return autocast, torch.amp.GradScaler(device.type, enabled=used == "fp16")
+    return autocast, torch.amp.GradScaler(device.type, LOSS_SCALE, enabled=used == "fp16")
 
 
 def _sample(count: int, size: int, rng: np.random.Generator) -> Iterator[list[int]]:

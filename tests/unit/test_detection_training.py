@@ -348,6 +348,29 @@ def test_mixed_precision_has_no_effect_on_the_cpu(dataset: Dataset) -> None:
         assert same(run(spec(mixed_precision=precision), weights, dataset).weights, plain)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_training_in_16_bits(
+    optimizer: str, precision: str, dtype: torch.dtype, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What happens on CUDA, with the CPU's autocast: the path through the scaler is the same."""
+    job = spec(optimizer=optimizer, mixed_precision=precision, local_steps=3)
+    weights = initial_state(job)
+    plain = run(job, weights, dataset).weights
+    scaler = torch.amp.GradScaler("cpu", 2.0**24, enabled=precision == "fp16")
+    monkeypatch.setattr(
+        "detection.engine._mixed_precision", lambda plan, device: (torch.autocast("cpu", dtype), scaler)
+    )
+    trained = run(job, weights, dataset).weights
+    assert not same(plain, trained)
+    if precision == "fp16":
+        assert scaler.get_scale() < 2.0**24, "steps whose gradients overflowed were skipped"
+        name = "backbone.body.conv1.0.weight"
+        assert np.array_equal(weights[name], trained[name])
+    for name in ("head.classification_head.cls_logits.weight", "backbone.body.conv1.1.running_mean"):
+        assert np.isfinite(trained[name]).all()
+
+
 def test_proximal_gradient_is_that_of_the_proximal_term() -> None:
     """FedProx: h(w) = F(w) + (μ/2)·|w - w_base|², against autograd."""
     torch.manual_seed(0)

@@ -84,3 +84,20 @@ def test_a_broken_download_is_an_outage_not_the_end(tmp_path: Path) -> None:
         model.pull(good)
     assert not list((tmp_path / "models").glob("*.safetensors"))
     assert np.isfinite(model.pull(version(store, toy_arrays(3.0))).flat).all()
+
+
+def test_frozen_layers_come_from_the_initial_model_and_are_kept_nowhere_else(tmp_path: Path) -> None:
+    store = MemoryStore()
+    plan = TrainingPlan(freeze=("conv",), norm="local")
+    spec = job_spec(plan=plan)
+    arrays = {**toy_arrays(), "head.weight": np.zeros(3, np.float32)}
+    initial = save_model(store, "toy", from_arrays(arrays))
+    job = Job(spec=spec, initial=initial, max_update_bytes=1 << 20, created_at=datetime.now(UTC))
+    model = LocalModel(job, store, ModelCache(tmp_path / "models", 3), tmp_path)
+    base = model.pull(version(store, {"head.weight": np.full(3, 2.0, np.float32)}))
+    trained = {**toy_arrays(5.0), "head.weight": np.full(3, 3.0, np.float32)}
+    model.keep_norm(base, trained)
+    assert decode((tmp_path / "norm.safetensors").read_bytes()).arrays().keys() == set(NORM)
+    assert decode(model.payload(base, trained)).arrays().keys() == {"head.weight"}
+    again = model.assemble(base)
+    assert [again[n].flat[0] for n in ("conv.weight", "norm.weight", "head.weight")] == [0.0, 5.0, 2.0]
