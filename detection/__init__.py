@@ -7,6 +7,7 @@
     augment   training batches           speed    what `model archs` measures
     weights   modules <-> arrays         engine   local training            evaluate average precision
     predict   detection in files         draw     pictures for people       presets  plans known to work
+    frames    images and videos          results  predictions.json
 
 Importing the package alone loads none of it.
 """

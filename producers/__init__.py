@@ -6,6 +6,7 @@ outbox.py             finished updates on disk until the broker has confirmed th
 delivery.py           upload, then publish
 follow.py             what the job's log says: newest version, what became of our updates
 local.py              from a stored version to weights and back to a payload (norm policy, differences)
+offline.py            versions to predict with, also while the store is away
 heartbeat.py          tells the server what this site is doing
 backoff.py            how long to wait after a failure
 niceness.py           giving way to other programs
