@@ -41,19 +41,26 @@ def archs(
     threads: Annotated[
         int | None, typer.Option(envvar=env_name("threads"), help="CPU threads; 0: all")
     ] = None,
+    device: Annotated[
+        str | None, typer.Option(envvar=env_name("device"), help="auto, cpu, cuda or cuda:N")
+    ] = None,
 ) -> None:
     """List the architectures: parameters, bytes of an update, pretrained weights, and measured images per second.
 
     Example: fedqueue model archs --measure --image-size 320 --batch-size 8
     """
-    settings = load(threads=threads)
+    settings = load(threads=threads, device=device)
     from detection.families import FAMILIES
     from detection.registry import ARCHS, known, unknown
     from detection.speed import Speed, outline
     from detection.speed import measure as measure_speed
-    from detection.threads import use_threads
+    from detection.threads import pick_device, use_threads
 
     use_threads(settings.threads)
+    try:
+        where = pick_device(settings.device)
+    except FedqueueError as exc:
+        fail(exc)
     names = arch or [*ARCHS, *plugins.names(plugins.ARCHITECTURES)]
     for name in names:
         if not known(name):
@@ -86,7 +93,9 @@ def archs(
                 parameters, arrays = outline(name, classes, side)
                 nbytes = len(encode(from_arrays(arrays)))
                 speed = (
-                    measure_speed(name, classes, side, batch_size, seconds, step) if measure else Speed(0, 0)
+                    measure_speed(name, classes, side, batch_size, seconds, step, where)
+                    if measure
+                    else Speed(0, 0)
                 )
             except FedqueueError as exc:
                 errors.print(f"{name}: {exc}", style="red", highlight=False, markup=False, soft_wrap=True)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from detection.engine import to_device
 from detection.registry import ARCHS, build
 from detection.threads import keep_freed_memory
 from detection.weights import Arrays
@@ -47,29 +48,36 @@ def measure(
     batch_size: int,
     seconds: float,
     on_step: Callable[[], None] = lambda: None,
+    device: str = "cpu",
 ) -> Speed:
     """Train and detect on random images for `seconds` each, at least one step after one that is not counted.
 
     A training step is forward, backward and AdamW, without reading images. Raises BadJob.
     """
     keep_freed_memory()
-    module = build(arch, num_classes, image_size)
+    module = build(arch, num_classes, image_size).to(device)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(batch_size, 3, image_size, image_size, generator=generator)
     targets = [_target(num_classes, image_size, generator) for _ in range(batch_size)]
+    images, targets = to_device(images, targets, torch.device(device))
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-5, fused=True)
+
+    def finish() -> None:
+        if images.is_cuda:
+            torch.cuda.synchronize()  # a step is over when it is computed, not when it is queued
+        on_step()
 
     def train() -> None:
         losses = module(images, targets)
         optimizer.zero_grad()
         torch.stack(list(losses.values())).sum().backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        on_step()
+        finish()
 
     def detect() -> None:
         with torch.inference_mode():
             module(images)
-        on_step()
+        finish()
 
     return Speed(
         batch_size * _per_second(module.train(), train, seconds),

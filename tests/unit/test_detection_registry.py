@@ -13,8 +13,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torchvision.models import ResNet50_Weights, get_model
+from typer.testing import CliRunner
 
 from cli.initial import first_weights
+from cli.main import app
 from detection.convention import check
 from detection.families import DEFAULT_ARCH, FAMILIES
 from detection.initial import Match, download, fill, read_state_dict, torchvision_weights
@@ -427,3 +429,46 @@ def test_a_model_of_unknown_kind_needs_all_its_weights(tmp_path: Path) -> None:
     assert any("--trainer" in line for line in first.report)
     local = job.model_copy(update={"plan": TrainingPlan(norm="local")})
     assert first_weights(local, str(file)).exchanged == ["conv.weight"]
+
+
+# --- model archs ---------------------------------------------------------------------------------------
+
+
+def test_model_archs_lists_and_measures() -> None:
+    result = CliRunner().invoke(app, ["model", "archs"], env={"COLUMNS": "200"})
+    assert result.exit_code == 0, result.output
+    lines = {line.split()[0]: line for line in result.output.splitlines() if line.strip()}
+    assert lines.keys() >= set(ARCHS)
+    nbytes = len(encode(from_arrays(initial_state(spec(classes=tuple("abcdefg"))))))
+    assert f"213,293     {nbytes:,}" in lines[DEFAULT_ARCH]
+    assert "COCO_V1, IMAGENET1K_V1, IMAGENET1K_V2" in lines["fasterrcnn_resnet50_fpn_v2"]
+    options = [
+        "--arch",
+        DEFAULT_ARCH,
+        "--measure",
+        "--seconds",
+        "0",
+        "--batch-size",
+        "2",
+        "--image-size",
+        "64",
+    ]
+    result = CliRunner().invoke(app, ["model", "archs", *options, "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    *_, side, training, inference = result.output.split()
+    assert side == "64"
+    assert float(training) > 0
+    assert float(inference) > 0
+    result = CliRunner().invoke(app, ["model", "archs", "--arch", "yolo"])
+    assert result.exit_code == 1
+    assert DEFAULT_ARCH in result.output
+
+
+@pytest.mark.usefixtures("company")
+def test_model_archs_shows_ones_own_and_names_what_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDQUEUE_PLUGINS", "company_models:tiny,company_models:broken")
+    options = ["--arch", "company_models:tiny", "--arch", "company_models:broken"]
+    result = CliRunner().invoke(app, ["model", "archs", *options])
+    assert result.exit_code == 0, result.output
+    assert "company_models:tiny" in result.output
+    assert "ZeroDivisionError" in result.output
