@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from cli.archs import archs
+from cli.export import export
 from cli.figures import Figures, metrics
 from cli.options import JobArgument, StoreUrl, console, fail, load
 from federation.errors import FedqueueError, NotFound
@@ -23,6 +24,7 @@ from storage.tensors import encode
 app = typer.Typer(help="Model versions and architectures.", no_args_is_help=True)
 app.command()(archs)
 app.command()(metrics)
+app.command()(export)
 
 Version = Annotated[
     int | None,

@@ -105,7 +105,7 @@ def predict(
 
         if any(is_video(item.path) for item in inputs):
             require_video()
-        pulled = _pull(settings, job, version, offline)
+        pulled = pull_version(settings, job, version, offline)
         labels = _labels(classes, pulled.job.spec.classes)
         _say(pulled, version)
         from detection.predict import Detector
@@ -150,7 +150,7 @@ def _check(inputs: Sequence[Input], nothing: Sequence[str], out: Path, drawing: 
             fail(f"--out {out} would overwrite {target}, which is to be read: choose another folder")
 
 
-def _pull(settings: Settings, job: str, version: str, offline: bool) -> Pulled:
+def pull_version(settings: Settings, job: str, version: str, offline: bool) -> Pulled:
     """The model, and where it is from."""
     is_folder = settings.store_url.startswith("file:")
     folder = local_path(settings.store_url).absolute()

@@ -5,6 +5,7 @@
     formats   annotations, four kinds    check    what is wrong with them   images   files, decoded
     dataset   what training takes        cache    decoded images, kept      split    over several sites
     augment   training batches           speed    what `model archs` measures
+    export    ONNX files
     weights   modules <-> arrays         engine   local training            evaluate average precision
     predict   detection in files         draw     pictures for people       presets  plans known to work
     frames    images and videos          results  predictions.json

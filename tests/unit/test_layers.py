@@ -57,6 +57,8 @@ THIRD_PARTY: dict[str, set[str]] = {
     "torch": {"detection"},
     "torchvision": {"detection"},
     "pycocotools": {"detection"},
+    "onnx": {"detection"},
+    "onnxruntime": {"detection"},
     "PIL": {"detection", "cli"},
     "av": {"detection"},
     "matplotlib": {"detection", "cli"},
