@@ -9,6 +9,7 @@
     weights   modules <-> arrays         engine   local training            evaluate average precision
     predict   detection in files         draw     pictures for people       presets  plans known to work
     frames    images and videos          results  predictions.json
+    recheck   images harmed since        threads  device, threads, memory
 
 Importing the package alone loads none of it.
 """
