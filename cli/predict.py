@@ -61,9 +61,9 @@ def predict(
         int, typer.Option(envvar="FEDQUEUE_CLI_EVERY", min=1, help="of videos, each so-many-th frame")
     ] = 1,
     device: Annotated[
-        str,
-        typer.Option(envvar="FEDQUEUE_CLI_DEVICE", help="auto (a GPU if there is one), cpu, cuda or cuda:N"),
-    ] = "auto",
+        str | None,
+        typer.Option(envvar=env_name("device"), help="auto (a GPU if there is one), cpu, cuda or cuda:N"),
+    ] = None,
     batch: Annotated[
         int,
         typer.Option(
@@ -97,7 +97,7 @@ def predict(
 
     Example: fedqueue predict frames/ 'cameras/*/0001.jpg' --job street --version best --out predictions
     """
-    settings = load(store_url=store_url, predict_cache=cache)
+    settings = load(store_url=store_url, predict_cache=cache, device=device)
     inputs, nothing = find_inputs(images, out)
     _check(inputs, nothing, out, drawing)
     try:
@@ -113,7 +113,7 @@ def predict(
         from detection.threads import use_threads
 
         use_threads(settings.threads)
-        detector = Detector(pulled.job.spec, pulled.weights, device)
+        detector = Detector(pulled.job.spec, pulled.weights, settings.device)
         out.mkdir(parents=True, exist_ok=True)
         names = pulled.job.spec.classes
         results = ResultsFile(out / RESULTS, names, _info(pulled, score))

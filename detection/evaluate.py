@@ -53,8 +53,10 @@ def evaluate(
     weights: Mapping[str, NDArray[np.generic]],
     dataset: Dataset,
     on_image: Callable[[int], None] | None = None,
+    *,
+    device: torch.device | str = "cpu",
 ) -> Evaluated:
-    """Detect in every image of `dataset` with the full state `weights` and score the result.
+    """Detect on `device` in every image of `dataset` with the full state `weights` and score the result.
 
     `on_image` is told how many images are done. Raises BadPayload if the weights are not this architecture's,
     BadDataset if the data set was read for other classes.
@@ -64,23 +66,27 @@ def evaluate(
     module = module_for(spec)
     load_state(module, weights)
     found: list[Found] = []
-    for one in detect(module, dataset, spec.plan.image_size):
+    for one in detect(module.to(device), dataset, spec.plan.image_size, device):
         found.append(one)
         if on_image is not None:
             on_image(len(found))
     return score(dataset, found)
 
 
-def detect(module: nn.Module, dataset: Dataset, side: int) -> Iterator[Found]:
-    """What `module` finds in each image of `dataset`, in order."""
+def detect(
+    module: nn.Module, dataset: Dataset, side: int, device: torch.device | str = "cpu"
+) -> Iterator[Found]:
+    """What `module`, which is on `device`, finds in each image of `dataset`, in order."""
     module.eval()
     for first in range(0, dataset.num_examples, BATCH):
         indices = range(first, min(first + BATCH, dataset.num_examples))
         with torch.inference_mode():
-            results = module(torch.stack([dataset.square(i, side) for i in indices]).float().div_(255))
+            images = torch.stack([dataset.square(i, side) for i in indices])
+            results = module(images.to(device).float().div_(255))
         for index, result in zip(indices, results, strict=True):
             item = dataset.items[index]
-            yield to_pixels(result, item.width / side, item.height / side)
+            here = {name: value.cpu() for name, value in result.items()}
+            yield to_pixels(here, item.width / side, item.height / side)
 
 
 def to_pixels(result: Mapping[str, torch.Tensor], scale_x: float, scale_y: float) -> Found:

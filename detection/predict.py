@@ -14,6 +14,7 @@ from torch import nn
 
 from detection.evaluate import BATCH, Found, to_pixels
 from detection.frames import Frame, read_image
+from detection.threads import pick_device
 from detection.weights import load_state, module_for
 from federation.errors import BadSettings
 from federation.jobs import JobSpec
@@ -30,7 +31,7 @@ class Detector:
     def __init__(
         self, spec: JobSpec, weights: Mapping[str, NDArray[np.generic]], device: str = "auto"
     ) -> None:
-        self.device = choose_device(device)
+        self.device = torch.device(pick_device(device))
         self.side = spec.plan.image_size
         self._module: nn.Module = module_for(spec)
         load_state(self._module, weights)
@@ -68,18 +69,6 @@ class Detector:
             raise BadSettings(
                 f"{self.device} has too little memory for {len(squares)} pictures at a time: use a smaller batch"
             ) from exc
-
-
-def choose_device(name: str) -> torch.device:
-    """`auto` is a GPU if there is one; else `cpu`, `cuda` or `cuda:N`. Raises BadSettings."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    kind, _, number = name.partition(":")
-    if kind not in ("cpu", "cuda") or (number and not number.isdigit()):
-        raise BadSettings(f"a device is auto, cpu, cuda or cuda:N, not {name!r}")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
-        raise BadSettings(f"{name} is not there: torch sees {torch.cuda.device_count()} CUDA devices")
-    return torch.device(name)
 
 
 def predict(

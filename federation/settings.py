@@ -117,7 +117,7 @@ class Settings(BaseSettings):
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:[0-9]{1,3})?)$",
-        description="where a site trains: auto (CUDA if there is any), cpu, cuda or cuda:N",
+        description="where torch trains, measures and predicts: auto (CUDA if there is any), cpu, cuda or cuda:N",
     )
     threads: int = Field(default=0, ge=0, le=1024, description="CPU threads of torch; 0: torch decides")
     predict_cache: Path = Field(

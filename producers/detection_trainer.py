@@ -34,8 +34,8 @@ log = logging.getLogger("fedqueue.site")
 class DetectionTrainer:
     """`duty`: share of the time, 0 to 1, that training may compute. `images`, `format`: found out if None.
 
-    `disk_cache`: folder of decoded images and its limit in bytes; None: they are kept in memory alone. `device`: as
-    torch names it.
+    `disk_cache`: folder of decoded images and its limit in bytes; None: they are kept in memory alone.
+    `device`: where it trains and measures, as torch names it.
     """
 
     annotations: Path
@@ -144,4 +144,4 @@ class DetectionTrainer:
             on_image(done)
             began = time.perf_counter()
 
-        return evaluate(spec, weights, self._validation, rest)
+        return evaluate(spec, weights, self._validation, rest, device=self.device)

@@ -41,10 +41,12 @@ def evaluate(context: Context, job_id: str, version: int) -> Evaluation | None:
     ):
         return None
     from detection.evaluate import evaluate as measure
+    from detection.threads import pick_device
 
-    dataset = _held_out(context, job)
+    device, dataset = pick_device(context.settings.device), _held_out(context, job)
     current_version = context.log(job_id).version(version)
-    result = measure(job.spec, load_full_model(context.store, job, current_version.model).arrays(), dataset)
+    weights = load_full_model(context.store, job, current_version.model).arrays()
+    result = measure(job.spec, weights, dataset, device=device)
     evaluation = Evaluation(
         job=job_id,
         version=version,

@@ -177,8 +177,8 @@ def test_nothing_is_overwritten_that_is_read(place: Place) -> None:
         (["frames/*.gif"], "no images in frames/*.gif"),
         (["frames", "--version", "7"], "no stored version 7"),
         (["frames", "--version", "best"], "was measured yet"),
-        (["frames", "--device", "tpu"], "not 'tpu'"),
-        (["frames", "--device", "cuda:99"], "cuda:99 is not there"),
+        (["frames", "--device", "tpu"], "device"),
+        (["frames", "--device", "cuda:99"], "device is cuda:99, but"),
         (["frames", "--font", "frames/a/1.jpg"], "is no font"),
     ],
 )
