@@ -92,8 +92,8 @@ class CustomTraining:
         on_progress: Callable[[Progress], None],
     ) -> CustomTrained:
         """One call of the trainer, on copies. Raises TrainingFailed, BadPayload for what is no update."""
-        steps = spec.plan.local_steps
-        on_progress(Progress(0, steps, 0.0))
+        inside = Progress(0, 0, 0.0)  # nobody knows how many steps it takes
+        on_progress(inside)
         plan = spec.plan.model_copy(update={"seed": seed % MAX_SEED})
         try:
             result = self.trainer.train({name: np.array(array) for name, array in weights.items()}, plan)
@@ -102,7 +102,7 @@ class CustomTraining:
         except Exception as exc:  # whatever somebody else's code does
             log.exception("trainer %s failed", self.name)
             raise TrainingFailed(f"trainer {self.name}: {type(exc).__name__}: {exc}") from exc
-        on_progress(Progress(steps, steps, 0.0))
+        on_progress(inside)
         return self._checked(weights, result)
 
     def _checked(self, base: Mapping[str, NDArray[np.generic]], result: object) -> CustomTrained:
