@@ -45,10 +45,10 @@ def first_weights(spec: JobSpec, source: str | None) -> FirstWeights:
         )
     if close := get_close_matches(spec.arch, ARCHS, n=1, cutoff=0.8):
         raise BadJob(f"unknown architecture {spec.arch!r}: is {close[0]} meant?")
-    if spec.evaluation.every or spec.evaluation.sites_every:
+    if spec.evaluation.every:
         raise BadJob(
-            f"{spec.arch!r} is no detector that is known here, and evaluation measures detectors only: set "
-            "evaluation.every and evaluation.sites_every to 0"
+            f"{spec.arch!r} is no detector that is known here, and the server measures detectors only: set "
+            "evaluation.every to 0; sites measure with their own trainers (evaluation.sites_every)"
         )
     arrays = _whole(Path(source))
     report = [
@@ -56,6 +56,11 @@ def first_weights(spec: JobSpec, source: str | None) -> FirstWeights:
         f"{spec.arch!r} is no detector that is known here: sites need a trainer for it, "
         "`fedqueue site run --trainer NAME` (docs/custom-models.md)",
     ]
+    if spec.evaluation.sites_every:
+        report.append(
+            f"the best version is the one with most {spec.evaluation.metric!r}: evaluate(weights) of these trainers "
+            "must return it"
+        )
     return FirstWeights(arrays, _exchanged(spec, arrays), report)
 
 

@@ -8,13 +8,19 @@ The object knows nothing of fedqueue and need not train a detector:
     plan          the job's TrainingPlan, whose `seed` is this update's own
     num_examples  training examples behind the update, at least 1
     metrics       dict of name -> number, which everybody in the federation may read
+
+It may also measure versions, on data that it does not train on:
+
+    evaluate(weights) -> metrics
+
+    metrics       as above; `num_images` among them is how much they weigh beside another site's, 1 if it is absent
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -43,8 +49,8 @@ class CustomTrainer(Protocol):
     ) -> tuple[Mapping[str, Any], int, Mapping[str, float]]: ...
 
 
-class TrainingFailed(Rejected):
-    """The site's own trainer raised an error; there is no update."""
+class TrainerFailed(Rejected):
+    """The site's own trainer raised an error; there is no update, or no measurement."""
 
     reason = "trainer-failed"
 
@@ -54,6 +60,13 @@ class CustomTrained:
     weights: Arrays
     num_examples: int
     metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class CustomMeasured:
+    metrics: dict[str, float]
+    num_images: int
+    per_class: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -91,19 +104,48 @@ class CustomTraining:
         seed: int,
         on_progress: Callable[[Progress], None],
     ) -> CustomTrained:
-        """One call of the trainer, on copies. Raises TrainingFailed, BadPayload for what is no update."""
+        """One call of the trainer, on copies. Raises TrainerFailed, BadPayload for what is no update."""
         inside = Progress(0, 0, 0.0)  # nobody knows how many steps it takes
         on_progress(inside)
         plan = spec.plan.model_copy(update={"seed": seed % MAX_SEED})
+        result = self._call(lambda: self.trainer.train(_copies(weights), plan))
+        on_progress(inside)
+        return self._checked(weights, result)
+
+    @property
+    def num_validation_images(self) -> int | None:
+        """0 if the trainer has no `evaluate`; how many it measures with, it says afterwards."""
+        return None if callable(getattr(self.trainer, "evaluate", None)) else 0
+
+    def evaluate(
+        self, spec: JobSpec, weights: Mapping[str, NDArray[np.generic]], on_image: Callable[[int], None]
+    ) -> CustomMeasured:
+        """One call of the trainer, on copies. Raises TrainerFailed, BadPayload for what are no metrics."""
+        on_image(0)
+        trainer: Any = self.trainer
+        metrics = self._numbers(self._call(lambda: trainer.evaluate(_copies(weights))))
+        num_images = metrics.pop("num_images", 1.0)
+        if num_images < 1 or not num_images.is_integer():
+            raise BadPayload(
+                f"trainer {self.name}: num_images must be a whole number from 1 on, is {num_images:g}"
+            )
+        if spec.evaluation.metric not in metrics:
+            log.warning(
+                "trainer %s measures %s, but the job's best version goes by %s (evaluation.metric)",
+                self.name,
+                ", ".join(metrics) or "nothing",
+                spec.evaluation.metric,
+            )
+        return CustomMeasured(metrics, int(num_images))
+
+    def _call(self, action: Callable[[], Any]) -> Any:
         try:
-            result = self.trainer.train({name: np.array(array) for name, array in weights.items()}, plan)
+            return action()
         except FedqueueError:
             raise
         except Exception as exc:  # whatever somebody else's code does
             log.exception("trainer %s failed", self.name)
-            raise TrainingFailed(f"trainer {self.name}: {type(exc).__name__}: {exc}") from exc
-        on_progress(inside)
-        return self._checked(weights, result)
+            raise TrainerFailed(f"trainer {self.name}: {type(exc).__name__}: {exc}") from exc
 
     def _checked(self, base: Mapping[str, NDArray[np.generic]], result: object) -> CustomTrained:
         if not isinstance(result, tuple) or len(result) != 3:
@@ -137,12 +179,18 @@ class CustomTraining:
             raise BadPayload(
                 f"trainer {self.name}: num_examples must be a whole number from 1 on, is {num_examples!r}"
             )
+        return CustomTrained(arrays, int(num_examples), self._numbers(metrics))
+
+    def _numbers(self, metrics: Any) -> dict[str, float]:
         try:
-            numbers = _METRICS.validate_python({str(k): float(v) for k, v in dict(metrics).items()})
+            return _METRICS.validate_python({str(k): float(v) for k, v in dict(metrics).items()})
         except ValidationError as exc:
             raise BadPayload(f"trainer {self.name}: metrics: {describe(exc)}") from exc
         except (TypeError, ValueError) as exc:
             raise BadPayload(
                 f"trainer {self.name}: metrics must be a dict of names to numbers: {exc}"
             ) from exc
-        return CustomTrained(arrays, int(num_examples), numbers)
+
+
+def _copies(weights: Mapping[str, NDArray[np.generic]]) -> Arrays:
+    return {name: np.array(array) for name, array in weights.items()}

@@ -45,8 +45,8 @@ class Evaluator(Protocol):
     """What a Trainer may be besides: able to measure a version on images that it never trains on."""
 
     @property
-    def num_validation_images(self) -> int:
-        """After `prepare`. 0: this site has none, and `evaluate` is not called."""
+    def num_validation_images(self) -> int | None:
+        """After `prepare`. 0: this site has none, and `evaluate` is not called. None: `evaluate` will tell."""
         ...
 
     def evaluate(
@@ -67,7 +67,7 @@ class LocalEvaluation:
     broker: Broker
     evaluator: Evaluator
     on_image: Callable[[int, int], None]
-    """Told how many images of how many are done; may raise to end the evaluation."""
+    """Told how many images of how many (0: unknown) are done; may raise to end the evaluation."""
     _due: ModelVersion | None = None
     _last: int | None = None
     _unsent: Evaluation | None = None
@@ -85,10 +85,11 @@ class LocalEvaluation:
         """None if the job does not ask for it, or this site has nothing to measure with. After `prepare`."""
         if not model.job.spec.evaluation.sites_every:
             return None
-        if not isinstance(trainer, Evaluator) or not trainer.num_validation_images:
+        if not isinstance(trainer, Evaluator) or trainer.num_validation_images == 0:
             log.info(
                 "this job asks sites to measure versions, and this one has no validation images: to take part in "
-                "that, set FEDQUEUE_SITE_EVAL_ANNOTATIONS or FEDQUEUE_SITE_EVAL_FRACTION"
+                "that, set FEDQUEUE_SITE_EVAL_ANNOTATIONS or FEDQUEUE_SITE_EVAL_FRACTION; a trainer of your own needs "
+                "evaluate(weights)"
             )
             return None
         return cls(site, model.job, model, model.store, broker, trainer, on_image)
@@ -115,8 +116,8 @@ class LocalEvaluation:
         return True
 
     def _measure(self, due: ModelVersion) -> Evaluation | None:
-        count = self.evaluator.num_validation_images
-        log.info("measuring version %d on %d images", due.version, count)
+        count = self.evaluator.num_validation_images or 0
+        log.info("measuring version %d%s", due.version, f" on {count} images" if count else "")
         try:
             weights = self.model.assemble(self.model.pull(due.model))
             result = self.evaluator.evaluate(self.job.spec, weights, lambda done: self.on_image(done, count))

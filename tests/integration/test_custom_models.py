@@ -22,10 +22,11 @@ from cli.main import app
 from federation import plugins
 from federation.errors import BadJob
 from federation.jobs import EvaluationPolicy, JobSpec, StopRule, TrainingPlan
+from federation.types import Evaluation
 from producers.agent import SiteAgent
 from producers.custom_trainer import CustomTraining
 from producers.detection_trainer import DetectionTrainer
-from storage.jobs import load_job
+from storage.jobs import best_version, list_evaluations, load_job
 from storage.models import load_full_model
 from tasks.context import open_context
 from tasks.evaluate import evaluate
@@ -46,6 +47,9 @@ learning_rate = 0.1
 alpha = 0.8
 [stop]
 max_versions = 6
+[evaluation]
+sites_every = 2
+metric = "accuracy"
 """
 
 
@@ -84,6 +88,10 @@ def accuracy(arrays: Mapping[str, Any]) -> float:
         return float((network.eval()(images).argmax(1) == labels).float().mean())
 
 
+def reports(server: Server) -> list[Evaluation]:
+    return list_evaluations(server.store, "bright")
+
+
 def test_an_image_classifier_is_trained_by_two_sites_until_its_job_closes(
     server: Server, models: Path
 ) -> None:
@@ -93,6 +101,7 @@ def test_an_image_classifier_is_trained_by_two_sites_until_its_job_closes(
     result = CliRunner().invoke(app, ["job", "create", "job.toml", "--weights", "first.pth"], env=environment)
     assert result.exit_code == 0, result.output
     assert "--trainer" in result.output
+    assert "most 'accuracy'" in result.output
     command = [sys.executable, "-m", "cli.main", "site", "run", "--job", "bright"]
     sites = {
         site: subprocess.Popen(
@@ -117,6 +126,19 @@ def test_an_image_classifier_is_trained_by_two_sites_until_its_job_closes(
     assert int(last["1.num_batches_tracked"]) > 0
     assert accuracy(first) < 0.8
     assert accuracy(last) > 0.95
+    last_reports = {(6, "site-a"), (6, "site-b")}
+    until(
+        "the reports on the last version",
+        lambda: last_reports <= {(e.version, e.who) for e in reports(server)},
+    )
+    assert {e.version for e in reports(server)} <= {2, 4, 6}
+    assert {e.num_images for e in reports(server)} == {64}
+    best = best_version(server.store, "bright")
+    assert best is not None
+    assert best.metric == "accuracy"
+    assert best.value > 0.9
+    shown = CliRunner().invoke(app, ["model", "metrics", "bright"], env=environment)
+    assert "accuracy" in shown.output
 
 
 def test_a_trainer_of_ones_own_for_a_built_in_detector(server: Server, tmp_path: Path) -> None:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import sys
 import types
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from federation.errors import BadDataset, BadPayload, BadSettings
-from federation.jobs import TrainingPlan
+from cli.initial import first_weights
+from federation.errors import BadDataset, BadJob, BadPayload, BadSettings
+from federation.jobs import EvaluationPolicy, TrainingPlan
 from producers.agent import Progress
-from producers.custom_trainer import CustomTrained, CustomTraining, TrainingFailed
+from producers.custom_trainer import CustomMeasured, CustomTrained, CustomTraining, TrainerFailed
+from producers.evaluation import Evaluator
+from storage.tensors import encode, from_arrays
 from tests.factories import Arrays, job_spec, toy_arrays
 
 
@@ -101,11 +105,85 @@ def train_silently(trainer: Any) -> None:
     )
 
 
+class Measuring(Trainer):
+    """Returns `metrics` for any weights, which it overwrites."""
+
+    def __init__(self, metrics: Any) -> None:
+        super().__init__()
+        self.metrics = metrics
+
+    def evaluate(self, weights: Arrays) -> Any:
+        weights["conv.weight"][:] = 0
+        return self.metrics
+
+
+def measure(metrics: Any, of_job: str = "accuracy") -> CustomMeasured:
+    weights, done = toy_arrays(1.0), list[int]()
+    weights["conv.weight"].flags.writeable = False  # as a version from the cache is
+    spec = job_spec(evaluation=EvaluationPolicy(sites_every=1, metric=of_job))
+    measured = CustomTraining("ours", Measuring(metrics)).evaluate(spec, weights, done.append)
+    assert done == [0], "the agent may be told to stop before it begins"
+    return measured
+
+
+def test_a_trainer_that_can_measure_is_an_evaluator() -> None:
+    assert isinstance(CustomTraining("ours", Measuring({})), Evaluator)
+    assert CustomTraining("ours", Measuring({})).num_validation_images is None
+    assert CustomTraining("ours", Trainer()).num_validation_images == 0
+
+
+@pytest.mark.parametrize("given", [{}, {"num_images": 5}, {"num_images": np.int64(5)}])
+def test_its_measurement_weighs_as_much_as_it_says(given: dict[str, Any]) -> None:
+    measured = measure({"accuracy": np.float32(0.5), **given})
+    assert measured == CustomMeasured({"accuracy": 0.5}, 5 if given else 1)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "error"),
+    [
+        (None, "metrics must be a dict"),
+        (0.5, "metrics must be a dict"),
+        ({"accuracy": float("nan")}, "metrics: accuracy"),
+        ({"accuracy": 0.5, "num_images": 0}, "num_images must be a whole number from 1 on, is 0"),
+        ({"accuracy": 0.5, "num_images": 2.5}, "is 2.5"),
+    ],
+)
+def test_what_are_no_metrics_is_refused(metrics: Any, error: str) -> None:
+    with pytest.raises(BadPayload, match=error):
+        measure(metrics)
+
+
+def test_a_measure_that_the_job_does_not_go_by_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    assert measure({"recall": 0.5}, of_job="recall").metrics == {"recall": 0.5}
+    assert not caplog.messages
+    assert measure({"recall": 0.5}).metrics == {"recall": 0.5}
+    assert "measures recall, but the job's best version goes by accuracy" in caplog.text
+
+
+def test_an_error_in_evaluate_is_the_trainers() -> None:
+    class Fails(Trainer):
+        def evaluate(self, weights: Arrays) -> Any:
+            raise KeyError("camera 7")
+
+    with pytest.raises(TrainerFailed, match=r"KeyError.*camera 7"):
+        CustomTraining("ours", Fails()).evaluate(job_spec(), toy_arrays(), lambda done: None)
+
+
+def test_the_server_cannot_measure_what_it_does_not_know_but_sites_can(tmp_path: Path) -> None:
+    path = tmp_path / "first.safetensors"
+    path.write_bytes(encode(from_arrays(toy_arrays())))
+    with pytest.raises(BadJob, match=r"set evaluation\.every to 0"):
+        first_weights(job_spec(arch="our-own", evaluation=EvaluationPolicy(every=1)), str(path))
+    policy = EvaluationPolicy(sites_every=1, metric="accuracy")
+    first = first_weights(job_spec(arch="our-own", evaluation=policy), str(path))
+    assert "most 'accuracy'" in first.report[-1]
+
+
 def test_an_error_of_the_trainer_drops_the_attempt_and_not_the_agent() -> None:
     def fails(weights: Arrays) -> Any:
         raise KeyError("camera 7")
 
-    with pytest.raises(TrainingFailed, match=r"KeyError.*camera 7"):
+    with pytest.raises(TrainerFailed, match=r"KeyError.*camera 7"):
         train_silently(Trainer(fails))
 
     def knows(weights: Arrays) -> Any:

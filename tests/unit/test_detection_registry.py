@@ -420,7 +420,7 @@ def test_a_model_of_unknown_kind_needs_all_its_weights(tmp_path: Path) -> None:
     job = spec("classifier")
     with pytest.raises(BadJob, match=r"unknown architecture.*--weights FILE.safetensors"):
         first_weights(job, None)
-    with pytest.raises(BadJob, match="evaluation measures detectors only"):
+    with pytest.raises(BadJob, match="the server measures detectors only"):
         first_weights(spec("classifier", evaluation=EvaluationPolicy(every=1)), str(file))
     with pytest.raises(BadJob, match=f"is {DEFAULT_ARCH} meant"):
         first_weights(spec(DEFAULT_ARCH[:-1]), str(file))
