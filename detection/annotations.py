@@ -83,7 +83,12 @@ def numbers(values: object) -> list[float] | None:
 
 
 def _is_finite_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return False
+    try:
+        return isfinite(value)
+    except OverflowError:  # a whole number of JSON may have any number of digits
+        return False
 
 
 def is_inside(name: object) -> bool:

@@ -11,6 +11,7 @@ import difflib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from os.path import isfile
 from pathlib import Path
 
 from detection import formats, images
@@ -119,7 +120,7 @@ class _Judge:
             note("duplicate image", f"{at}{picture.name} is listed twice")
             return
         self._names.add(picture.name)
-        if not path.is_file():
+        if not isfile(path):  # Path.is_file raises for a name that is too long
             note("missing image", f"{at}{path}: there is no such file")
             return
         try:

@@ -77,7 +77,8 @@ def write_file(pictures: Sequence[Picture], classes: Sequence[str], file: Path) 
             )
     document = {
         "images": [
-            {"id": i, "file_name": p.name, "width": p.width, "height": p.height, **p.fields}
+            # what other formats call `id` must not take the place of ours, which the boxes refer to
+            {**p.fields, "id": i, "file_name": p.name, "width": p.width, "height": p.height}
             for i, p in enumerate(pictures, start=1)
         ],
         "annotations": annotations,

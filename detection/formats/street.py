@@ -55,8 +55,8 @@ def write(pictures: Sequence[Picture], classes: Sequence[str], folder: Path) -> 
     require_unique_stems(picture.name for picture in pictures)
     document = [
         {
+            **picture.fields,  # before ours, of which none may be overwritten
             "image_id": without_suffix(picture.name),
-            **picture.fields,
             "items": [
                 {"class": box.name, "bbox": [round(value, 4) for value in box.corners]}
                 for box in picture.boxes

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import isfinite
+from os.path import isfile
 from pathlib import Path, PurePosixPath
 from xml.etree import ElementTree as ET
 
@@ -93,7 +94,7 @@ def _picture(file: Path, parent: Path, images: Path | None, annotations: Annotat
         )
         return None
     beside = (parent / name).as_posix()
-    if images is None or (images / beside).is_file() or not (images / name).is_file():
+    if images is None or isfile(images / beside) or not isfile(images / name):
         name = beside
     width, height = (_whole(root.findtext(f"size/{side}")) for side in ("width", "height"))
     if not width or not height:

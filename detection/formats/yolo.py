@@ -13,6 +13,7 @@ A folder stands for all of its images, data.yaml for those of its `train`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from math import isfinite
 from pathlib import Path
@@ -129,10 +130,12 @@ def _boxes(
             )
             continue
         values = _values(fields[1:])
-        label = int(fields[0]) if fields[0].isascii() and fields[0].isdigit() else None
+        label = int(fields[0]) if re.fullmatch("[0-9]{1,9}", fields[0]) else None
         if label is None or label not in names:
             annotations.defect(
-                "unknown class", f"{where}: class {fields[0]} is none of the {len(names)} named classes", file
+                "unknown class",
+                f"{where}: class {fields[0][:32]} is none of the {len(names)} named classes",
+                file,
             )
         elif values is None:
             annotations.defect("not a box", f"{where}: must be finite numbers, is {line.strip()!r}", file)
@@ -199,9 +202,8 @@ def _names(path: Path) -> dict[int, str]:
             lines.pop()
         entries = dict(enumerate(lines))
     if not isinstance(entries, dict) or not all(_is_name(k, v) for k, v in entries.items()) or not entries:
-        raise BadDataset(
-            f"{file}: names must be a list of class names, or give one for each number: {entries!r}"
-        )
+        # not what they are: a few lines of YAML can stand for gigabytes
+        raise BadDataset(f"{file}: names must be a list of class names, or give one text for each number")
     twice = sorted({str(name) for name in entries.values() if list(entries.values()).count(name) > 1})
     if twice:
         raise BadDataset(f"{file}: the class {twice[0]!r} is there twice")

@@ -82,6 +82,21 @@ def test_what_is_written_is_read_again(
             assert str(found.fields["device"]) == str(picture.fields["device"])
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_fields_of_one_format_do_not_take_the_place_of_anothers_own(
+    format: str, images: Path, tmp_path: Path
+) -> None:
+    fields = {"id": 2, "image_id": "a", "file_name": "a.jpg", "width": 1, "items": 3, "category_id": 1}
+    pictures = [
+        Picture(name, *SIZES[name], (Box(CLASSES[i], (1, 1, 9, 9)),), {**fields, "id": 3 - i})
+        for i, name in enumerate(SIZES)
+    ]
+    checked = check(FORMATS[format].write(pictures, CLASSES, tmp_path), images).require()
+    assert {p.name: [box.name for box in p.boxes] for p in checked.pictures} == {
+        name: [CLASSES[i]] for i, name in enumerate(SIZES)
+    }
+
+
 def test_classes_keep_their_order_where_the_format_has_one(images: Path, tmp_path: Path) -> None:
     picture = Picture("a.jpg", 640, 480, (Box("stoß", (1, 1, 9, 9)),))
     for format in ("coco", "yolo"):
@@ -237,6 +252,9 @@ def test_coco_regions_of_many_objects_are_left_out(tmp_path: Path) -> None:
 # --- bad input -----------------------------------------------------------------------------------------
 
 Files = dict[str, str | tuple[int, int]]
+LAUGHING_LISTS = "\n".join(
+    ["a0: &a0 [x, y]", *(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)), "names: *a8"]
+)
 LAUGHS = '<!DOCTYPE a [<!ENTITY b "ha"><!ENTITY c "&b;&b;&b;">]><annotation>&c;</annotation>'
 
 
@@ -274,6 +292,7 @@ DEFECTS: dict[str, tuple[Files, str, tuple[str, ...]]] = {
     "voc: outside": (voc(">40<", ">60<"), "box outside", ("object 1 (1.jpg)", "48x32")),
     "voc: turned round": (voc(">40<", ">4<"), "box without area", ("object 1",)),
     "voc: no class": (voc("<name>chair</name>", ""), "unknown class", ("object 1", "<name>")),
+    "voc: name too long for a file": (voc(">1.jpg<", f">{'a' * 300}.jpg<"), "missing image", ("aaaa",)),
     "voc: no image": ({"Annotations/1.xml": VOC, "JPEGImages/2.jpg": (48, 32)}, "missing image", ("1.jpg",)),
     "yolo: four numbers": (yolo("0 .5 .5 .5"), "not a box", ("1.txt", "line 1", "4 fields")),
     "yolo: outline": (yolo("0 .1 .1 .5 .1 .5 .5"), "not a box", ("line 1", "export boxes")),
@@ -282,6 +301,7 @@ DEFECTS: dict[str, tuple[Files, str, tuple[str, ...]]] = {
     "yolo: class not listed": (yolo("2 .5 .5 .5 .5"), "unknown class", ("line 1", "class 2", "2 named")),
     "yolo: class by name": (yolo("chair .5 .5 .5 .5"), "unknown class", ("class chair",)),
     "yolo: class below 0": (yolo("-1 .5 .5 .5 .5"), "unknown class", ("class -1",)),
+    "yolo: class beyond all": (yolo(f"{'9' * 5000} .5 .5 .5 .5"), "unknown class", ("line 1",)),
     "yolo: pixels": (yolo("0 12 8 20 10"), "box outside", ("line 1 (1.jpg)",)),
     "yolo: no area": (yolo("0 .5 .5 0 .5"), "box without area", ("line 1",)),
     "yolo: label without image": ({**yolo(""), "labels/2.txt": "0 .5 .5 .5 .5"}, "missing image", ("2.txt",)),
@@ -297,6 +317,11 @@ DEFECTS: dict[str, tuple[Files, str, tuple[str, ...]]] = {
     "street: no box": (street(items=[{"class": "chair"}]), "not a box", ("000009, item 1", "None")),
     "street: three numbers": (street(items=[{"class": "a", "bbox": [1, 2, 3]}]), "not a box", ("item 1",)),
     "street: texts": (street(items=[{"class": "a", "bbox": ["1", "2", "3", "4"]}]), "not a box", ("item 1",)),
+    "street: a number beyond all": (
+        street(items=[{"class": "a", "bbox": [10**400, 2, 3, 4]}]),
+        "not a box",
+        ("item 1",),
+    ),
     "street: no class": (street(items=[{"bbox": [1, 2, 3, 4]}]), "unknown class", ("item 1",)),
     "street: no object": (street(items=[7]), "unknown class", ("item 1",)),
     "street: outside": (street(items=[{"class": "a", "bbox": [1, 2, 60, 9]}]), "box outside", ("item 1",)),
@@ -332,6 +357,7 @@ HOPELESS: dict[str, tuple[Files, str]] = {
     "yolo without names": ({"labels/1.txt": "0 .5 .5 .5 .5"}, "no annotations were recognised"),
     "names without order": (yolo("", "names: 3"), "names must be"),
     "names that are no texts": (yolo("", "names: [1, 2]"), "names must be"),
+    "names that are ever more lists": (yolo("", LAUGHING_LISTS), "names must be.{1,500}$"),
     "names twice": (yolo("", "names: [a, b, a]"), "'a' is there twice"),
     "two lists of names": ({**yolo(""), "b.yaml": "names: [x]"}, r"b\.yaml and data\.yaml"),
     "nothing": ({"readme.md": "hello"}, "no annotations were recognised"),
