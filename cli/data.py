@@ -151,6 +151,8 @@ def split(
             coco.write_file([checked.pictures[i] for i in part], checked.classes, file)
     except FedqueueError as exc:
         fail(exc)
+    except OSError as exc:
+        fail(f"{out} cannot be written: {exc}")
     _print_split(checked, files, parts)
 
 
@@ -184,11 +186,16 @@ def convert(
                 shutil.copyfile(checked.images / name, folder / name)
     except FedqueueError as exc:
         fail(exc)
+    except OSError as exc:
+        fail(f"{out} cannot be written: {exc}")
     boxes = sum(len(picture.boxes) for picture in checked.pictures)
     where = folder if copy_images else checked.images
-    console.print(
-        f"{len(names)} images, {boxes} boxes: {written}, images in {where}", highlight=False, soft_wrap=True
-    )
+    _say(f"{len(names)} images, {boxes} boxes: {written}, images in {where}")
+
+
+def _say(line: str) -> None:
+    """As it is: a folder may be called [night]."""
+    console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def _names(classes: str | None) -> tuple[str, ...] | None:
@@ -230,17 +237,13 @@ def _write_sheet(checked: Checked, sheet: Path, count: int) -> None:
         annotation_sheet(checked_items(checked), checked.classes, sheet, title=title, count=count)
     except OSError as exc:
         fail(f"{sheet}: cannot be written: {exc}")
-    console.print(f"boxes drawn: {sheet}", highlight=False, soft_wrap=True)
+    _say(f"boxes drawn: {sheet}")
 
 
 def _print_statistics(checked: Checked, statistics: Statistics) -> None:
     from detection.statistics import LARGE_PX, QUANTILES, SMALL_PX
 
-    console.print(
-        f"{checked.source.path}: {checked.source.format}, images in {checked.images}",
-        highlight=False,
-        soft_wrap=True,
-    )
+    _say(f"{checked.source.path}: {checked.source.format}, images in {checked.images}")
     console.print(
         f"{statistics.images} images, {statistics.empty_images} of them without boxes; {statistics.boxes} boxes"
     )
@@ -276,6 +279,6 @@ def _print_split(checked: Checked, files: list[Path], parts: Split) -> None:
     for file, part in zip(files, parts, strict=True):
         boxes = [box.name for i in part for box in checked.pictures[i].boxes]
         per_class = (str(boxes.count(name)) for name in checked.classes)
-        table.add_row(str(file), str(len(part)), str(len(boxes)), *per_class)
+        table.add_row(escape(str(file)), str(len(part)), str(len(boxes)), *per_class)
     console.print(table)
-    console.print(f"images in {checked.images}", highlight=False, soft_wrap=True)
+    _say(f"images in {checked.images}")

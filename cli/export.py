@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
 from cli.options import JobId, StoreUrl, console, fail, load
 from cli.predict import pull_version
@@ -36,7 +37,9 @@ def export(
 
         pulled = pull_version(settings, job, wanted, offline=False)
         if pulled.away:
-            console.print(f"[yellow]the store is away, from the cache:[/] {pulled.away}", highlight=False)
+            console.print(
+                f"[yellow]the store is away, from the cache:[/] {escape(pulled.away)}", highlight=False
+            )
         metadata = {"job": job, "version": str(pulled.version), "sha256": pulled.sha256}
         if pulled.own_norm:
             metadata["norm"] = f"BatchNorm layers of site {settings.site or 'here'}"
@@ -51,6 +54,7 @@ def export(
     console.print(
         f"version {pulled.version}: {onnx}, {len(exported.data)} bytes; in onnxruntime the same "
         f"{exported.detections} detections within {exported.difference:.1e}",
+        markup=False,
         highlight=False,
         soft_wrap=True,
     )

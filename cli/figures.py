@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from cli.options import JobArgument, StoreUrl, console, fail, load
@@ -56,7 +57,10 @@ class Figures:
         return [*columns, *((name, [name]) for name in sites)]
 
     def headings(self) -> list[str]:
-        return [f"{self.metric}, {name}" if i == 0 else name for i, (name, _) in enumerate(self._columns)]
+        """Of table columns, as markup: brackets in a name are no style."""
+        return [
+            escape(f"{self.metric}, {name}") if i == 0 else name for i, (name, _) in enumerate(self._columns)
+        ]
 
     def row(self, version: int) -> list[str]:
         """One cell per heading."""
@@ -122,7 +126,8 @@ def metrics(
     console.print(f"[bold]{job}[/]  version {shown}", highlight=False)
     if best is not None:
         by = "the server" if best.who == (SERVER,) else f"the mean of {', '.join(best.who)}"
-        console.print(f"the best is version {best.version}: {best.metric} {best.value:.3f}, by {by}")
+        line = f"the best is version {best.version}: {best.metric} {best.value:.3f}, by {by}"
+        console.print(line, markup=False)
     console.print(_means(found))
     if any(metric in e.per_class for e in found):
         console.print()
@@ -131,7 +136,7 @@ def metrics(
 
 def _means(found: list[Evaluation]) -> Table:
     names = list(dict.fromkeys(name for e in found for name in e.metrics))
-    table = Table("who", "images", *names, "measured (UTC)", box=None)
+    table = Table("who", "images", *map(escape, names), "measured (UTC)", box=None)
     for e in found:
         values = [f"{e.metrics[name]:.3f}" if name in e.metrics else "" for name in names]
         table.add_row(e.who, str(e.num_images), *values, f"{e.at:%Y-%m-%d %H:%M:%S}")
@@ -140,9 +145,9 @@ def _means(found: list[Evaluation]) -> Table:
 
 def _by_class(spec: JobSpec, found: list[Evaluation], metric: str) -> Table:
     tables = {e.who: e.per_class[metric] for e in found if metric in e.per_class}
-    table = Table(f"{metric} of class", *tables, box=None)
+    table = Table(escape(f"{metric} of class"), *tables, box=None)
     for name in spec.classes:
         cells = [f"{values[name]:.3f}" if name in values else "" for values in tables.values()]
         if any(cells):
-            table.add_row(name, *cells)
+            table.add_row(escape(name), *cells)
     return table

@@ -173,3 +173,23 @@ def test_convert_refuses_bad_data_and_full_folders(folder: Path) -> None:
     assert code == 1
     assert "cannot be read as an image" in output
     assert not (folder / "b").exists()
+
+
+def test_folders_may_have_brackets_in_their_names(folder: Path) -> None:
+    night = folder.rename(folder.parent / "[night] [b]")
+    for arguments in (
+        ("check", night / "site.json", "--sheet", night / "sheet.png"),
+        ("split", night / "site.json", "--sites", "2", "--out", night),
+        ("convert", night / "site.json", "--to", "voc", "--out", night / "voc"),
+    ):
+        code, output = run(*arguments)
+        assert code == 0, output
+        assert "[night] [b]" in output.replace("\n", "")
+
+
+def test_a_folder_that_cannot_be_written_is_said(folder: Path) -> None:
+    (folder / "file").write_text("no folder")
+    for arguments in (("split", "--sites", "2"), ("convert", "--to", "coco"), ("convert", "--to", "yolo")):
+        code, output = run(arguments[0], folder / "site.json", *arguments[1:], "--out", folder / "file/new")
+        assert code == 1
+        assert "cannot be written" in output

@@ -133,3 +133,23 @@ def test_metrics_says_what_there_is_instead(store: FolderStore, tmp_path: Path) 
     assert "measured are: 2" in refusal("toy", "--version", "3")
     assert "VOC2010 mAP@0.5, mAP@0.5" in refusal("toy", "--metric", "accuracy")
     assert "there are: toy" in refusal("toys")
+
+
+def test_names_that_a_site_gave_its_measures_are_shown_as_they_are(
+    store: FolderStore, tmp_path: Path
+) -> None:
+    measured = Evaluation(
+        job="toy",
+        version=4,
+        who="north",
+        num_images=10,
+        metrics={"mAP@0.5": 0.5, "[/b]": 3.0, "[red]": 4.0},
+        per_class={"[/b]": {"cart": 2.0}},
+        at=WHEN,
+    )
+    save_evaluation(store, measured)
+    words = [word for line in says(store, tmp_path, "model", "metrics", "toy") for word in line]
+    assert {"[/b]", "[red]"} <= {*words}
+    assert ["[/b]", "of", "class", "north"] in says(
+        store, tmp_path, "model", "metrics", "toy", "--metric", "[/b]"
+    )
