@@ -6,6 +6,7 @@ A missing server skips locally with a loud reason and fails where CI is set, so 
 from __future__ import annotations
 
 import os
+import random
 import socket
 from typing import NoReturn
 
@@ -20,8 +21,27 @@ def missing(what: str, how: str) -> NoReturn:
     pytest.skip(reason)
 
 
+PORTS = range(22_000, 32_000)
+"""Below those that Linux gives to connections, or an outgoing one may take the port of a server that is down."""
+
+_reserved: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """A TCP port of the loopback interface that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """A free TCP port of the loopback interface, which no other test run takes until this process ends.
+
+    A server that starts later, or again, finds it free. The reservation is a socket with a name in Linux's abstract
+    namespace, which is of the same network namespace as the ports, leaves no file, and ends with the process.
+    """
+    for port in random.SystemRandom().sample(PORTS, len(PORTS)):
+        reservation = socket.socket(socket.AF_UNIX)
+        try:
+            reservation.bind(f"\0fedqueue-test-port-{port}")
+            with socket.socket() as probe:
+                probe.bind(("127.0.0.1", port))
+        except OSError:
+            reservation.close()
+            continue
+        _reserved.append(reservation)
+        return port
+    raise RuntimeError(f"every port of {PORTS} is taken")

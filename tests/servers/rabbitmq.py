@@ -25,7 +25,6 @@ from tests.servers import free_port, missing
 
 ADMIN = "admin"
 START_LIMIT_S = 90.0
-DIST_PORTS_OF_CTL = range(35672, 35683)
 MAX_MESSAGE_BYTES = 65_536
 
 
@@ -36,8 +35,6 @@ class RabbitMQ:
         self.home = home
         self.port = free_port()
         self.dist_port = free_port()
-        while self.dist_port in DIST_PORTS_OF_CTL:
-            self.dist_port = free_port()
         self.node = f"fedqueue-{os.getpid()}-{secrets.token_hex(4)}@localhost"
         self._password = secrets.token_hex(16)
         self.vhost = "/"
