@@ -7,8 +7,10 @@ What goes, each after a grace time:
                `keep_versions`, measured (metrics/<version>/), or due for a central evaluation
     updates/   the payload of a refused update
                what no record names, if no message about it could be accepted any more (`_why_orphan_upload`)
+    metrics/   without a grace time: what was measured of a version whose model has gone. A report that comes in the
+               instant in which its version is collected is so treated as one that comes later, and is refused
 
-Never: job.json, the initial model, log, metrics, rejected/, the payloads of merged and pending updates, and keys
+Never: job.json, the initial model, log, other metrics, rejected/, the payloads of merged and pending updates, and keys
 that federation/keys.py does not describe. From the log and those payloads `fedqueue replay` makes every version
 again. Of a job that has no log nothing goes at all: it may be about to be created.
 
@@ -51,10 +53,12 @@ from storage.log import VersionLog, named, refusals
 ORPHAN_MODEL = "no version consists of it"
 SUPERSEDED = "its version is superseded"
 REFUSED = "its update was refused"
+MODEL_GONE = "the model that it measures has gone"
 CLOSED = "no record names it, and the job is closed"
 TOO_STALE = "no record names it, and whatever it is based on is too stale"
 
 _MODEL = re.compile(r"[0-9a-f]{64}(-[0-9a-z]+)?\.safetensors\Z")
+_METRICS = re.compile(r"(?P<version>[0-9]{10})/(?P<who>[^/]+)\.json\Z")
 _UUID7 = UUID7_PATTERN.removeprefix("^").removesuffix(r"\Z")
 _UPLOAD = re.compile(rf"(?P<site>[^/]+)/(?P<id>{_UUID7})\.safetensors\Z")
 
@@ -96,6 +100,8 @@ class Stored:
     index: int
     seq: int
     due: bool
+    model: str
+    """Its key."""
     superseded: int | None = None
     """The record that made the next one."""
 
@@ -148,7 +154,9 @@ class History:
             for key in event.keys:
                 self.namers.pop(key, None)
         if self._newest is None or self._newest.head.current != current:
-            made = Stored(current.version, len(self.versions), record.seq, self._is_due(record))
+            made = Stored(
+                current.version, len(self.versions), record.seq, self._is_due(record), current.model.key
+            )
             if self.versions:
                 self.versions[-1].superseded = record.seq
             self.versions.append(made)
@@ -156,6 +164,12 @@ class History:
                 if ref is not None:
                     self.namers.setdefault(ref.key, []).append(made)
         self._newest = record
+
+    def has_lost(self, version: int) -> bool:
+        """Whether this version was stored and its model was collected."""
+        index = bisect_left(self.versions, version, key=lambda stored: stored.version)
+        found = self.versions[index : index + 1]
+        return bool(found) and found[0].version == version and found[0].model not in self.namers
 
     def _is_due(self, record: LogRecord) -> bool:
         event = record.event
@@ -191,6 +205,9 @@ class Survey:
             return self._why_model(key)
         if upload := _UPLOAD.match(key.removeprefix(updates_prefix(self.job.id))):
             return self._why_upload(key, _id(upload["id"])) if is_name(upload["site"]) else None
+        if metrics := _METRICS.match(key.removeprefix(metrics_prefix(self.job.id))):
+            gone = self.history.has_lost(int(metrics["version"])) and is_name(metrics["who"])
+            return MODEL_GONE if gone else None
         return None
 
     def _why_model(self, key: str) -> str | None:
@@ -312,7 +329,8 @@ class Retention:
         )
 
     def _garbage(self, survey: Survey, stop: Callable[[], bool]) -> Iterator[Garbage]:
-        for prefix in (models_prefix(self._job.id), updates_prefix(self._job.id)):
+        job_id = self._job.id
+        for prefix in (models_prefix(job_id), updates_prefix(job_id), metrics_prefix(job_id)):
             for key in self._store.list(prefix):
                 if stop():
                     return

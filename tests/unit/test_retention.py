@@ -43,11 +43,11 @@ from storage.audit import audit
 from storage.blob import BlobStore
 from storage.faulty import FaultyStore
 from storage.folder import FolderStore
-from storage.jobs import best_version, job_ids, list_refusals, save_evaluation, save_report
+from storage.jobs import best_version, job_ids, list_evaluations, list_refusals, save_evaluation, save_report
 from storage.log import VersionLog
 from storage.memory import MemoryStore
 from storage.models import load_model, save_model
-from storage.retention import BATCH, Garbage, Retention, store_time
+from storage.retention import BATCH, MODEL_GONE, Garbage, Retention, store_time
 from storage.tensors import from_arrays
 from tasks import celery
 from tasks.accept import accept
@@ -278,6 +278,24 @@ def test_the_best_version_stays_however_old_it_is(broker: SqliteBroker, who: str
     assert best.version == 3
     assert 3 in stored_versions(world, made)
     assert load_model(world.store, world.log.version(3).model)
+    assert world.sound()
+
+
+def test_a_report_that_comes_while_its_version_is_collected_goes_in_the_next_run(world: World) -> None:
+    """It was checked when the model was still there, and is stored when retention has looked for measurements."""
+    made = world.versions(KEEP + 4, every=DAY)
+    for version in (0, 3):
+        measured(world, version)
+    world.pass_time(30 * DAY)
+    world.store.before_log_put = lambda: measured(world, 2)
+    assert {made[1].model.key, made[2].model.key} <= world.collect()
+    late = keys.metrics_key("toy", 2, "site-a")
+    assert world.exists(late)
+    assert [(item.key, item.why) for item in world.retention().plan()] == [(late, MODEL_GONE)]
+    assert world.collect() == {late}
+    assert world.collect() == set()
+    assert {0, 3} <= stored_versions(world, made)
+    assert [e.version for e in list_evaluations(world.store, "toy")] == [0, 3]
     assert world.sound()
 
 
