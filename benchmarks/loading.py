@@ -63,7 +63,7 @@ def rate(images: int, work: Callable[[], object]) -> float:
 
 def make_case(annotations: Path, images: Path | None, folder: Path) -> Case:
     checked = check(annotations, images).require()
-    memory = load_dataset(annotations, images, checked.classes, cache_bytes=ENOUGH_BYTES)
+    memory = load_dataset(annotations, images, checked.classes, cache=MemoryCache(ENOUGH_BYTES))
     cold = replace(memory, cache=MemoryCache(0))
     disk = replace(cold, disk=DiskCache(folder, ENOUGH_BYTES))
     first = memory.items[0]

@@ -41,18 +41,18 @@ class Pixels(Protocol):
 @dataclass(eq=False)
 class MemoryCache(Generic[P]):
     """Keeps what fits and evicts nothing: under random access over more images than fit, an evicting cache would
-    miss nearly every time."""
+    miss nearly every time. Several data sets may share one, and then its bound."""
 
     limit_bytes: int
     used_bytes: int = 0
-    squares: dict[tuple[int, int], P] = field(default_factory=dict)
+    squares: dict[tuple[Path, int], P] = field(default_factory=dict)
 
-    def get(self, index: int, side: int) -> P | None:
-        return self.squares.get((index, side))
+    def get(self, image: Path, side: int) -> P | None:
+        return self.squares.get((image, side))
 
-    def put(self, index: int, side: int, square: P) -> None:
-        if (index, side) not in self.squares and self.used_bytes + square.nbytes <= self.limit_bytes:
-            self.squares[(index, side)] = square
+    def put(self, image: Path, side: int, square: P) -> None:
+        if (image, side) not in self.squares and self.used_bytes + square.nbytes <= self.limit_bytes:
+            self.squares[(image, side)] = square
             self.used_bytes += square.nbytes
 
 

@@ -8,8 +8,8 @@ and all are reported in one BadDataset (detection/check.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,29 +30,38 @@ DEFAULT_CACHE_BYTES = 512 << 20
 
 @dataclass(frozen=True, eq=False)
 class Item:
-    """One image and its ground truth. `sha256`: of the file as it was checked."""
+    """One image and its ground truth. `sha256` and `nbytes`: of the file as it was checked."""
 
     path: Path
     width: int
     height: int
     boxes: NDArray[np.float32]  # [N, 4] xyxy, pixels of the file
     labels: NDArray[np.int64]  # [N], 1..C
-    sha256: str = ""
+    sha256: str
+    nbytes: int
 
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Checked items in the order of the annotations. `image_bytes` is what stays at home: the files' total size."""
+    """Checked items in the order of the annotations."""
 
     classes: tuple[str, ...]
     items: tuple[Item, ...]
-    image_bytes: int
     cache: MemoryCache[Tensor] = field(repr=False)
     disk: DiskCache | None = field(default=None, repr=False)
+
+    def part(self, indices: Iterable[int]) -> Dataset:
+        """Some of the items. Whole and parts share the caches, and so their bounds."""
+        return replace(self, items=tuple(self.items[index] for index in indices))
 
     @property
     def num_examples(self) -> int:
         return len(self.items)
+
+    @property
+    def image_bytes(self) -> int:
+        """What stays at home: the files' total size."""
+        return sum(item.nbytes for item in self.items)
 
     @property
     def num_boxes(self) -> int:
@@ -70,10 +79,11 @@ class Dataset:
 
         Do not write to it. Raises BadDataset if the file has become unreadable, or another size than it had.
         """
-        square = self.cache.get(index, side)
+        path = self.items[index].path
+        square = self.cache.get(path, side)
         if square is None:
             square = _planes(self._read(index, side))
-            self.cache.put(index, side, square)
+            self.cache.put(path, side, square)
         return square
 
     def _read(self, index: int, side: int) -> Square:
@@ -102,17 +112,18 @@ def load_dataset(
     classes: Sequence[str],
     *,
     format: str | None = None,
-    cache_bytes: int = DEFAULT_CACHE_BYTES,
+    cache: MemoryCache[Tensor] | None = None,
     disk: DiskCache | None = None,
 ) -> Dataset:
     """Read and check the data set `annotations` whose images lie below the folder `images`.
 
     `classes` are the job's, in its order. Folder and format are found out if they are not given. Every file is
     decoded once, so that a truncated one is found now and not in the middle of training, unless `disk` holds it
-    already. `cache_bytes` bounds the decoded squares kept in memory. What the owner should know is logged.
+    already. `cache` keeps decoded squares in memory; None: one of DEFAULT_CACHE_BYTES. What the owner should know is
+    logged.
 
     Raises BadDataset listing every defect with its file and annotation: images that are missing, unreadable, of another
-    size than declared, or there twice with different boxes; ids given twice; annotations of unknown images or classes;
+    size than declared, or listed twice; ids given twice; annotations of unknown images or classes;
     boxes outside their image (more than 1 px; less is clipped) or without area; a data set without images or
     boxes. An image without boxes is no defect: it teaches what is background.
     """
@@ -125,8 +136,7 @@ def load_dataset(
     return Dataset(
         checked.classes,
         checked_items(checked),
-        sum(file.nbytes for file in checked.files),
-        MemoryCache(cache_bytes),
+        MemoryCache(DEFAULT_CACHE_BYTES) if cache is None else cache,
         disk,
     )
 
@@ -148,6 +158,7 @@ def _item(images: Path, picture: Picture, file: ImageFile, labels: dict[str, int
         boxes=np.array([box.corners for box in picture.boxes], np.float32).reshape(-1, 4),
         labels=np.array([labels[box.name] for box in picture.boxes], np.int64),
         sha256=file.sha256,
+        nbytes=file.nbytes,
     )
 
 

@@ -7,10 +7,7 @@ are no copies: where a site has such, validation images of another day are the f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
-
-from detection.dataset import Dataset, Item
+from detection.dataset import Dataset
 from federation.errors import BadDataset
 
 MAX_NAMED = 5
@@ -22,8 +19,8 @@ def hold_out(dataset: Dataset, fraction: float) -> tuple[Dataset, Dataset | None
     None if no image with a box is among the latter. Raises BadDataset if none is left to train on.
     """
     held = [int(item.sha256[:16], 16) < fraction * 2**64 for item in dataset.items]
-    training = _part(dataset, [item for item, out in zip(dataset.items, held, strict=True) if not out])
-    validation = _part(dataset, [item for item, out in zip(dataset.items, held, strict=True) if out])
+    training = dataset.part(index for index, out in enumerate(held) if not out)
+    validation = dataset.part(index for index, out in enumerate(held) if out)
     if not training.num_boxes:
         raise BadDataset(
             f"of {dataset.num_examples} images, {validation.num_examples} are held out, and the others have no box "
@@ -41,12 +38,3 @@ def require_apart(training: Dataset, validation: Dataset) -> None:
         raise BadDataset(
             f"{len(both)} images are trained on and validated with: {named}; take them out of one of the two sets"
         )
-
-
-def _part(dataset: Dataset, items: Sequence[Item]) -> Dataset:
-    return replace(
-        dataset,
-        items=tuple(items),
-        image_bytes=sum(item.path.stat().st_size for item in items),
-        cache=type(dataset.cache)(dataset.cache.limit_bytes),  # it goes by the position of an image
-    )

@@ -62,11 +62,10 @@ class PresentImages:
 
 
 def _without(dataset: Dataset, indices: dict[int, str]) -> Dataset:
-    items = tuple(item for index, item in enumerate(dataset.items) if index not in indices)
-    if not items:
+    usable = dataset.part(index for index in range(dataset.num_examples) if index not in indices)
+    if not usable.items:
         raise BadDataset(
             f"none of the {dataset.num_examples} images can be read any more: is their folder there? The first:"
             f" {indices[0]}"
         )
-    # a cache goes by index
-    return replace(dataset, items=items, cache=MemoryCache(dataset.cache.limit_bytes))
+    return usable

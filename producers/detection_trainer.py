@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from detection import engine
-from detection.cache import DiskCache
+from detection.cache import DiskCache, MemoryCache
 from detection.dataset import DEFAULT_CACHE_BYTES, Dataset, load_dataset
 from detection.evaluate import Evaluated, evaluate
 from detection.recheck import PresentImages
@@ -81,7 +81,7 @@ class DetectionTrainer:
             self.images,
             spec.classes,
             format=self.format,
-            cache_bytes=self.cache_bytes,
+            cache=MemoryCache(self.cache_bytes),
             disk=None if self.disk_cache is None else DiskCache(*self.disk_cache),
         )
         self._dataset, self._validation = self.validation.apart(dataset, spec.classes)

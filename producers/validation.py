@@ -39,7 +39,7 @@ class Validation:
                 self.images,
                 classes,
                 format=self.format,
-                cache_bytes=dataset.cache.limit_bytes,
+                cache=dataset.cache,  # one bound for both
             )
             require_apart(dataset, validation)
             log.info("%d validation images", validation.num_examples)

@@ -151,10 +151,11 @@ def test_a_file_that_somebody_removed_is_simply_not_there(
 
 def test_memory_keeps_what_fits(tmp_path: Path) -> None:
     cache: MemoryCache[NDArray[np.uint8]] = MemoryCache(2 * square(0).nbytes)
-    for i in range(3):
-        cache.put(i, SIDE, square(i))
-    cache.put(0, SIDE, square(9))
-    assert [cache.get(i, SIDE) is not None for i in range(3)] == [True, True, False]
+    images = [Path(f"{i}.png") for i in range(3)]
+    for i, image in enumerate(images):
+        cache.put(image, SIDE, square(i))
+    cache.put(images[0], SIDE, square(9))
+    assert [cache.get(image, SIDE) is not None for image in images] == [True, True, False]
     assert cache.used_bytes == cache.limit_bytes
 
 
@@ -177,7 +178,7 @@ def folder(tmp_path: Path) -> Path:
 
 def load(folder: Path, memory: int = 0) -> Dataset:
     disk = DiskCache(folder / "state", 10**6)
-    return load_dataset(folder / "site.json", None, ["chair"], cache_bytes=memory, disk=disk)
+    return load_dataset(folder / "site.json", None, ["chair"], cache=MemoryCache(memory), disk=disk)
 
 
 def test_the_second_start_decodes_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from detection.cache import MemoryCache
 from detection.dataset import Dataset, load_dataset, read_square
 from federation.errors import BadDataset
 
@@ -188,7 +189,7 @@ def test_annotation_file_that_is_not_there(tmp_path: Path) -> None:
 
 def test_cache_keeps_what_fits_and_no_more(folder: Path) -> None:
     side = 16
-    dataset = load(folder, document(), cache_bytes=3 * side * side)
+    dataset = load(folder, document(), cache=MemoryCache(3 * side * side))
     first = dataset.square(0, side)
     assert first.shape == (3, side, side)
     assert first.dtype == torch.uint8

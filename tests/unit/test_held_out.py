@@ -114,6 +114,28 @@ def test_files_of_their_own(tmp_path: Path) -> None:
     assert Validation().apart(training, CLASSES) == (training, None)
 
 
+@pytest.mark.parametrize("own_files", [False, True])
+def test_training_and_validation_images_share_the_bound_on_memory(tmp_path: Path, own_files: bool) -> None:
+    one = 3 * 32 * 32
+    settings = Settings(
+        site_annotations=write(tmp_path / "a", range(30)),
+        site_eval_annotations=write(tmp_path / "b", range(30, 60)) if own_files else None,
+        site_eval_fraction=0 if own_files else 0.5,
+        site_cache_bytes=4 * one,
+    )
+    trainer = DetectionTrainer.from_settings(settings)
+    trainer.prepare(JOB)
+    parts = [trainer._dataset, trainer._validation]
+    kept = 0
+    for part in parts:
+        assert part is not None
+        assert part.num_examples > 4
+        for index in range(part.num_examples):
+            part.square(index, 32)
+        kept += sum(part.square(index, 32) is part.square(index, 32) for index in range(part.num_examples))
+    assert kept == 4
+
+
 def test_settings_that_contradict_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FEDQUEUE_SITE_EVAL_IMAGES", "x")
     with pytest.raises(BadSettings, match="site_eval_annotations"):
