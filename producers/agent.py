@@ -56,11 +56,13 @@ CACHED_MODELS = 3
 RESYNC_EVERY = 5
 """Looks at the store happen at every control message, and without one at every so-many-th poll."""
 
-PRIVATE = {
+PUBLIC = {"bad-job", "diverged", "negative-variance", "not-finite", "out-of-memory"}
+"""Failures whose words are about settings and tensors. Those of all others may name files or quote data: they go no
+further than the site's own log."""
+INSTEAD = {
     "bad-dataset": "images cannot be read; the site's log names them",
     "trainer-failed": "the site's own trainer raised an error; the site's log says which",
 }
-"""Failures whose words may name files or quote data: they go no further than the site's own log."""
 
 
 class Trained(Protocol):
@@ -225,7 +227,7 @@ class SiteAgent:
         self._failed_attempts += 1
         reason = exc.reason if isinstance(exc, Rejected) else "out-of-memory"
         words = str(exc) or "the memory of this machine is not enough"
-        self._report(reason, PRIVATE.get(reason, words))
+        self._report(reason, words if reason in PUBLIC else INSTEAD.get(reason, "the site's log says why"))
         self._heartbeat.update(dropped=self._failed_attempts)
         return Dropped(f"attempt dropped ({reason}), another follows: {words}")
 

@@ -23,6 +23,7 @@ from federation.jobs import JobSpec, StopRule, TrainingPlan
 from federation.settings import Settings
 from federation.types import ClientUpdate, SiteStatus
 from producers.agent import Progress, SiteAgent, Trained, Trainer
+from producers.custom_trainer import CustomTraining
 from producers.detection_trainer import DetectionTrainer
 from producers.outbox import Outbox
 from storage.memory import MemoryStore
@@ -146,6 +147,34 @@ def test_names_of_images_stay_at_the_site(tmp_path: Path, caplog: pytest.LogCapt
     assert "mrs-miller" in caplog.text
     assert "mrs-miller" not in site.status.to_json().decode()
     assert site.status.problem == "bad-dataset: images cannot be read; the site's log names them"
+
+
+@pytest.mark.parametrize(
+    ("num_examples", "metrics"),
+    [(["mrs-miller.jpg"], {}), (7, {"worst": "mrs-miller.jpg"}), (7, {"mrs-miller.jpg": "x" * 99})],
+    ids=["examples", "metric", "name of a metric"],
+)
+def test_what_a_trainer_of_the_sites_own_returns_by_mistake_is_not_quoted(
+    num_examples: Any, metrics: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    stop = threading.Event()
+
+    class Trainer:
+        calls = 0
+
+        def train(self, weights: Arrays, plan: TrainingPlan) -> Any:
+            self.calls += 1
+            if self.calls == 1:
+                return weights, num_examples, metrics
+            stop.set()
+            return weights, 7, {}
+
+    training = CustomTraining("ours", Trainer())
+    site = Site(tmp_path, job_spec(), toy_arrays(), list(toy_arrays()), training, stop)
+    site.agent.run()
+    assert "bad-payload" in caplog.text
+    assert "miller" not in site.status.to_json().decode()
+    assert site.status.problem == "bad-payload: the site's log says why"
 
 
 def test_an_unknown_failure_of_a_trainer_is_no_attempt_to_repeat(tmp_path: Path) -> None:
