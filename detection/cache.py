@@ -15,6 +15,7 @@ import contextlib
 import io
 import logging
 import os
+import time
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -27,6 +28,9 @@ from numpy.typing import NDArray
 log = logging.getLogger("fedqueue.cache")
 
 CRC_BYTES = 4
+PARTIAL = ".partial"
+ABANDONED_S = 3600
+"""No file takes so long to write."""
 Square = NDArray[np.uint8]  # [side, side, 3], RGB
 P = TypeVar("P", bound="Pixels")
 
@@ -66,7 +70,8 @@ class DiskCache:
     """Squares below `folder`, at most `limit_bytes` of them.
 
     When it is full, squares that this process has not asked for and that are of other images, or of a size that is not
-    asked for, make room, the oldest first. What the data set at hand needs is never evicted (see MemoryCache).
+    asked for, make room, the oldest first. What the data set at hand needs is never evicted (see MemoryCache). Several
+    processes may use one folder; each counts the files that it found and its own.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -117,10 +122,10 @@ class DiskCache:
         entry, header = _Entry(side, sha256), _header(side)
         self._sides.add(side)
         nbytes = len(header) + square.nbytes + CRC_BYTES
-        if not self._writable or entry in self._sizes or not self._make_room(nbytes):
+        if entry in self._sizes or not self._writable or not self._make_room(nbytes) or not self._writable:
             return
         path = self._path(entry)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
+        partial = path.with_suffix(f".{os.getpid()}{PARTIAL}")
         body = np.ascontiguousarray(square)
         try:
             path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -128,10 +133,9 @@ class DiskCache:
                 file.writelines((header, body.data, _crc(body)))
             partial.replace(path)
         except OSError as exc:
-            self._writable = False
             with contextlib.suppress(OSError):
                 partial.unlink()
-            log.warning("%s: cannot be written (%s): decoded images are not kept on disk", path, exc.strerror)
+            self._give_up(path, exc)
             return
         self._remember(entry, nbytes)
 
@@ -147,11 +151,12 @@ class DiskCache:
     def _scan(self) -> None:
         found = []
         for path in self.folder.glob("*/*/*"):
-            if path.suffix != ".npy":
-                path.unlink(missing_ok=True)  # of a process that was killed
-            elif path.parts[-3].isdigit():
+            with contextlib.suppress(FileNotFoundError):  # the agent of another job uses the folder, too
                 status = path.stat()
-                found.append((status.st_mtime_ns, status.st_size, _Entry(int(path.parts[-3]), path.stem)))
+                if path.suffix == PARTIAL and status.st_mtime < time.time() - ABANDONED_S:
+                    path.unlink()  # of a process that was killed
+                elif path.suffix == ".npy" and path.parts[-3].isdigit():
+                    found.append((status.st_mtime_ns, status.st_size, _Entry(int(path.parts[-3]), path.stem)))
         for _, nbytes, entry in sorted(found, key=lambda item: item[0]):
             self._remember(entry, nbytes)
 
@@ -164,8 +169,16 @@ class DiskCache:
         self.used_bytes -= self._sizes.pop(entry)
 
     def _remove(self, entry: _Entry) -> None:
-        self._path(entry).unlink(missing_ok=True)
+        path = self._path(entry)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as exc:
+            self._give_up(path, exc)
         self._forget(entry)
+
+    def _give_up(self, path: Path, exc: OSError) -> None:
+        self._writable = False
+        log.warning("%s: cannot be written (%s): decoded images are not kept on disk", path, exc.strerror)
 
     def _path(self, entry: _Entry) -> Path:
         return self.folder / str(entry.side) / entry.sha256[:2] / f"{entry.sha256}.npy"

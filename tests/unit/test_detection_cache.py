@@ -84,7 +84,29 @@ def test_what_another_process_left_half_written_is_swept_away(tmp_path: Path) ->
     folder.mkdir(parents=True)
     (folder / "abc.77.partial").write_bytes(b"half")
     DiskCache(tmp_path, 10**6)
-    assert list(folder.iterdir()) == []
+    assert len(list(folder.iterdir())) == 1, "another agent may be writing it now"
+    os.utime(folder / "abc.77.partial", (1000, 1000))
+    (folder / "readme.md").write_text("whoever put this here")
+    os.utime(folder / "readme.md", (1000, 1000))
+    DiskCache(tmp_path, 10**6)
+    assert [path.name for path in folder.iterdir()] == ["readme.md"]
+
+
+def test_a_cache_that_may_not_be_tidied_does_not_stop_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    DiskCache(tmp_path, 10**6).put(digest(1), SIDE, square(1))
+    cache = DiskCache(tmp_path, FILE_BYTES)
+    cache.reserve([digest(2)])
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    cache.put(digest(2), SIDE, square(2))
+    cache.put(digest(3), SIDE, square(3))
+    assert caplog.text.count("cannot be written (Permission denied)") == 1
+    assert cache.get(digest(3), SIDE) is None
 
 
 def test_the_bound_holds_and_what_is_in_use_stays(tmp_path: Path) -> None:
