@@ -58,3 +58,10 @@ def export(
         highlight=False,
         soft_wrap=True,
     )
+    if not exported.detections:
+        console.print(
+            "[yellow]in the images of the comparison the detector finds nothing: before you rely on the file, compare "
+            "it with `fedqueue predict` on images of yours[/]",
+            highlight=False,
+            soft_wrap=True,
+        )

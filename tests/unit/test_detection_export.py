@@ -27,7 +27,7 @@ from detection.threads import use_threads
 from detection.weights import Arrays, load_state, module_for, state
 from federation import plugins
 from federation.errors import BadJob, BadSettings
-from federation.jobs import Job, JobSpec, TrainingPlan
+from federation.jobs import Job, JobSpec, ModelRef, TrainingPlan
 from federation.types import Head, ModelVersion
 from storage.folder import FolderStore
 from storage.jobs import save_job
@@ -167,16 +167,36 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
         export_onnx(spec(), {}, {})
 
 
-def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    store = FolderStore(tmp_path / "store")
-    ref = save_model(store, "street", from_arrays(lively(spec())))
+def store_version(folder: Path, weights: Arrays) -> ModelRef:
+    """Version 0 of job street."""
+    store = FolderStore(folder)
+    ref = save_model(store, "street", from_arrays(weights))
     save_job(store, Job(spec=spec(), initial=ref, max_update_bytes=1 << 21, created_at=datetime.now(UTC)))
     VersionLog(store, "street").create(Head(current=ModelVersion(version=0, model=ref)))
+    return ref
+
+
+def test_a_comparison_of_nothing_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    weights = lively(spec())
+    weights["head.classification_head.cls_logits.bias"][:] = -100
+    weights["head.classification_head.cls_logits.weight"][:] = 0
+    store_version(tmp_path / "store", weights)
+    command = ["model", "export", "--job", "street", "--store-url", f"file:{tmp_path / 'store'}", "--onnx"]
+    result = CliRunner().invoke(app, [*command, "street.onnx"])
+    assert result.exit_code == 0, result.output
+    assert "the same 0 detections" in result.output
+    assert "finds nothing" in result.output
+
+
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    ref = store_version(tmp_path / "store", lively(spec()))
     command = ["model", "export", "--job", "street", "--store-url", f"file:{tmp_path / 'store'}", "--onnx"]
     result = CliRunner().invoke(app, [*command, "out/street.onnx"])
     assert result.exit_code == 0, result.output
     assert "version 0" in result.output
+    assert "finds nothing" not in result.output
     properties = {p.key: p.value for p in onnx.load(tmp_path / "out" / "street.onnx").metadata_props}
     assert (properties["job"], properties["version"], properties["sha256"]) == ("street", "0", ref.sha256)
     # the program of docs/export.md, with every score shown
