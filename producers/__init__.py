@@ -2,6 +2,9 @@
 
 agent.py              the loop: deliver, look, train, hand over; the Trainer port
 detection_trainer.py  local training of detectors behind that port
+custom_trainer.py     somebody else's training behind it
+validation.py         the images that a site measures with
+evaluation.py         versions measured on them, and reported
 outbox.py             finished updates on disk until the broker has confirmed them
 delivery.py           upload, then publish
 follow.py             what the job's log says: newest version, what became of our updates

@@ -14,6 +14,7 @@ reading.py      reading twice what looks broken
 tensors.py      safetensors files in canonical layout
 models.py       models and payloads, written and read under their digest; a site's cache
 jobs.py         job.json, evaluations, refusals, dead letters
+best.py         which version is the best, from what was measured
 log.py          the version log: append by compare-and-swap, read, follow
 retention.py    what may go, and how it goes
 

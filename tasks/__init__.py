@@ -2,6 +2,7 @@
 
 ingress.py      sites' queue -> checked -> Celery task; heartbeats -> liveness; dead letters -> their task
 celery.py       the Celery app, how a task ends, how it is sent: over RabbitMQ or the embedded queue
+site_messages.py  what a site's message becomes
 context.py      what one process works with: settings, store, logs
 accept.py       fedqueue.accept_update     one update -> one log record
 publish.py      fedqueue.publish_version   all pending updates -> one model version

@@ -6,15 +6,30 @@ import json
 import re
 import tomllib
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import aggregator
+import detection
+import producers
+import storage
+import tasks
 from aggregator import decide
 from federation.jobs import AUGMENTATIONS, JobSpec
 from federation.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize(
+    "package", [aggregator, detection, producers, storage, tasks], ids=lambda p: p.__name__
+)
+def test_the_overview_of_a_package_names_every_module(package: ModuleType) -> None:
+    (folder,) = package.__path__
+    modules = {path.stem for path in Path(folder).glob("*.py")} - {"__init__"}
+    assert modules <= {*re.findall(r"\w+", package.__doc__ or "")}
 
 
 def test_the_example_job_is_a_job() -> None:
