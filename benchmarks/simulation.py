@@ -5,7 +5,8 @@ the sites would finish; only the clock is simulated. So a site that is ten times
 and the same seed gives the same curve on every machine of one kind, however busy it is.
 
     a site starts      from the newest version; it trains as many steps as the plan says, of `step_time` each
-    it finishes        its update is merged with the staleness that it has then, and it starts again
+    it finishes        its update is merged with the staleness that it has then; it starts again at once, or
+                       when fewer than the job's `max_inflight` updates of it wait to be merged
     at most `concurrency` sites train at one time; who waits longest starts next
 
 What this leaves out: transport (milliseconds beside minutes of training), lost messages and crashes, which change
@@ -75,13 +76,14 @@ def federate(
     """Run `spec` until its last version; yields the model after each version.
 
     `initial`: the full state of version 0. `concurrency`: how many sites train at one time; none: all.
-    The job's norm policy must be `average`. FedAvg waits for all its participants, as in the product.
+    The job's norm policy must be `average`.
     """
     model, state, version = from_arrays(initial), None, 0
-    synchronous = spec.aggregation.strategy == "fedavg"
     waiting: deque[Site] = deque(sites)
+    idle: list[Site] = []
     running: list[_Finish] = []
     attempts: Counter[tuple[str, int]] = Counter()
+    moments: dict[str, engine.OptimizerState] = {}
     merged: Counter[str] = Counter()
     staleness: list[int] = []
     group: list[tuple[ClientUpdate, TensorFile]] = []
@@ -97,7 +99,7 @@ def federate(
             order += 1
         done = heapq.heappop(running)
         now = done.time
-        update, tensors = _train(spec, done)
+        update, tensors, moments[done.site.name] = _train(spec, done, moments.get(done.site.name))
         steps += spec.plan.steps_for(done.site.dataset.num_examples)
         group.append((update, tensors))
         merge = Merge(spec, model.layout, model.flat.copy(), model.ints.copy(), _copy(state), version)
@@ -113,24 +115,25 @@ def federate(
                 result.version,
             )
             group = []
-        waiting.append(done.site)
-        if synchronous and not complete:
-            # it may not go on before the round is over
-            waiting.pop()
-        elif synchronous:
-            waiting = deque(sites)
+        idle.append(done.site)
+        unmerged = Counter(one.site for one, _ in group)
+        waiting.extend(site for site in idle if unmerged[site.name] < spec.inflight_limit)
+        idle = [site for site in idle if unmerged[site.name] >= spec.inflight_limit]
         if complete:
             yield Snapshot(now, steps, version, model, dict(merged), float(np.mean(staleness)))
 
 
-def _train(spec: JobSpec, run: _Finish) -> tuple[ClientUpdate, TensorFile]:
-    """The site's update, as `producers.agent` makes it."""
+def _train(
+    spec: JobSpec, run: _Finish, moments: engine.OptimizerState | None
+) -> tuple[ClientUpdate, TensorFile, engine.OptimizerState]:
+    """The site's update, as `producers.agent` makes it, and the state of its optimiser."""
     trained = engine.train(
         spec,
         run.base.arrays(),
         run.site.dataset,
         seed=training_seed(spec.plan.seed, run.site.name, run.base_version, run.attempt),
         progress=spec.progress(run.base_version),
+        optimizer_state=moments if spec.plan.optimizer_state == "kept" else None,
     )
     kind = spec.aggregation.payload_kind
     sent = payload_of(kind, run.base, trained.weights)
@@ -148,7 +151,7 @@ def _train(spec: JobSpec, run: _Finish) -> tuple[ClientUpdate, TensorFile]:
         metrics=dict(trained.metrics),
         created_at=datetime.now(UTC),
     )
-    return update, sent
+    return update, sent, trained.optimizer_state
 
 
 def _copy(state: OptimizerState | None) -> OptimizerState | None:

@@ -1,9 +1,8 @@
 """Local training: from a model version to a client update, and nothing of the images leaves.
 
-Every call starts a fresh optimiser from the weights it is given, because between two updates of a site the
-global model has moved and old moments point elsewhere. On the CPU the result is a pure function of
-(spec, weights, dataset, seed, progress): the same bytes every time on the same machine and thread count. A GPU
-promises less.
+Every call starts from the weights that it is given, with a fresh optimiser or with the moments that the site's last
+call ended with. On the CPU the result is a pure function of (spec, weights, dataset, seed, progress, optimizer_state):
+the same bytes every time on the same machine and thread count. A GPU promises less.
 """
 
 from __future__ import annotations
@@ -12,7 +11,9 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -45,6 +46,10 @@ class OutOfMemory(Rejected):
     reason = "out-of-memory"
 
 
+OptimizerState = dict[int, dict[str, Any]]
+"""Moments by number of parameter, as `torch.optim.Optimizer.state_dict` has them."""
+
+
 @dataclass(frozen=True)
 class StepReport:
     """One gradient step, just finished. `epoch`: passes over the local images since this call began."""
@@ -62,6 +67,8 @@ class Trained:
     weights: Arrays
     num_examples: int
     metrics: dict[str, float]
+    optimizer_state: OptimizerState
+    """Of the parameters that were trained, in their order. For the next update of this site, if the plan keeps it."""
 
 
 def train(
@@ -72,6 +79,7 @@ def train(
     seed: int,
     progress: tuple[float, float],
     steps: int | None = None,
+    optimizer_state: OptimizerState | None = None,
     on_step: Callable[[StepReport], None] | None = None,
     duty: float = 1.0,
     device: torch.device | str = "cpu",
@@ -82,6 +90,7 @@ def train(
     progress: how far the job is, 0..1, at the first step and after the last (`JobSpec.progress`), for the
         learning-rate schedule.
     steps: gradient steps; default what the plan says for so many images.
+    optimizer_state: what an earlier training of this job returned; there is no warm-up then. None: a fresh one.
     duty: share of the time, 0 < duty ≤ 1, that may be computed; after each step the rest is slept.
 
     Raises Diverged when the loss or a weight is no longer finite, OutOfMemory, BadPayload if `weights` are not
@@ -95,7 +104,7 @@ def train(
     total = spec.plan.steps_for(dataset.num_examples) if steps is None else steps
     where = torch.device(device)
     try:
-        return _train(spec, weights, dataset, seed, progress, total, on_step, duty, where)
+        return _train(spec, weights, dataset, seed, progress, total, optimizer_state, on_step, duty, where)
     except (MemoryError, RuntimeError) as exc:
         if not _is_out_of_memory(exc):
             raise
@@ -115,6 +124,7 @@ def _train(
     seed: int,
     progress: tuple[float, float],
     steps: int,
+    optimizer_state: OptimizerState | None,
     on_step: Callable[[StepReport], None] | None,
     duty: float,
     device: torch.device,
@@ -128,13 +138,17 @@ def _train(
     start, end = progress
 
     def rate(step: int) -> float:
-        return learning_rate(plan, step, start + (end - start) * step / steps)
+        warmed_up = 0 if optimizer_state is None else plan.warmup_steps
+        return learning_rate(plan, warmed_up + step, start + (end - start) * step / steps)
 
     # the samplers of Faster R-CNN draw from torch's global generator
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
-        losses = _train_steps(module, dataset, plan, steps, rng, rate, on_step, duty, device)
+        module.train()
+        freeze(module, plan)
+        optimizer = _optimizer([p for p in module.parameters() if p.requires_grad], plan, optimizer_state)
+        losses = _train_steps(module, optimizer, dataset, plan, steps, rng, rate, on_step, duty, device)
     trained = state(module)
     if not all(np.isfinite(array).all() for array in trained.values()):
         raise Diverged(f"a weight is not finite after {steps} steps: lower the plan's learning_rate")
@@ -144,7 +158,7 @@ def _train(
         "epochs": steps * plan.batch_size / dataset.num_examples,
         "seconds": time.perf_counter() - began,
     }
-    return Trained(trained, dataset.num_examples, metrics)
+    return Trained(trained, dataset.num_examples, metrics, optimizer.state_dict()["state"])
 
 
 def learning_rate(plan: TrainingPlan, step: int, progress: float) -> float:
@@ -163,6 +177,7 @@ def learning_rate(plan: TrainingPlan, step: int, progress: float) -> float:
 
 def _train_steps(
     module: nn.Module,
+    optimizer: torch.optim.Optimizer,
     dataset: Dataset,
     plan: TrainingPlan,
     steps: int,
@@ -173,11 +188,8 @@ def _train_steps(
     device: torch.device,
 ) -> list[float]:
     """Gradient steps in place on `module`; the loss of each, without the proximal term."""
-    module.train()
-    freeze(module, plan)
-    parameters = [p for p in module.parameters() if p.requires_grad]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     base = [p.detach().clone() for p in parameters] if plan.proximal_mu else []
-    optimizer = _optimizer(parameters, plan)
     precision, scaler = _mixed_precision(plan, device)
     indices = _sample(dataset.num_examples, plan.batch_size, rng)
     losses: list[float] = []
@@ -234,16 +246,28 @@ def add_proximal_gradient(parameters: list[nn.Parameter], base: list[Tensor], mu
             parameter.grad.add_(parameter - start, alpha=mu)
 
 
-def _optimizer(parameters: list[nn.Parameter], plan: TrainingPlan) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov, Hutter 2019, arXiv 1711.05101) or SGD; decay on matrices and kernels only."""
+def _optimizer(
+    parameters: list[nn.Parameter], plan: TrainingPlan, state: OptimizerState | None
+) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov, Hutter 2019, arXiv 1711.05101) or SGD; decay on matrices and kernels only.
+
+    It goes on from a copy of `state`, so that an attempt that is dropped leaves no trace.
+    """
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": plan.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
+    optimizer: torch.optim.Optimizer
     if plan.optimizer == "adamw":
-        return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, fused=True)
-    # not fused: on the CPU that kernel takes the step even if the scaler found infinity
-    return torch.optim.SGD(groups, lr=plan.learning_rate, momentum=plan.momentum, nesterov=plan.nesterov)
+        optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=BETAS, fused=True)
+    else:
+        # not fused: on the CPU that kernel takes the step even if the scaler found infinity
+        optimizer = torch.optim.SGD(
+            groups, lr=plan.learning_rate, momentum=plan.momentum, nesterov=plan.nesterov
+        )
+    if state is not None:
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": deepcopy(state)})
+    return optimizer
 
 
 def _mixed_precision(

@@ -87,9 +87,13 @@ class TrainingPlan(Value):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=2e-3, gt=0, le=10, description="peak learning rate")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd")
+    optimizer_state: Literal["fresh", "kept"] = Field(
+        default="fresh",
+        description="at the start of an update: none, or what the site's last update ended with; it never travels",
+    )
     nesterov: bool = Field(default=False, description="sgd")
     weight_decay: float = Field(default=0.02, ge=0, le=1, description="on matrices and kernels only")
-    warmup_steps: int = Field(default=10, ge=0, description="linear warm-up at the start of every update")
+    warmup_steps: int = Field(default=10, ge=0, description="linear warm-up of a fresh optimiser")
     schedule: Literal["constant", "cosine", "linear"] = Field(
         default="cosine",
         description="cosine, linear: over the job's versions, from base_version / stop.max_versions",

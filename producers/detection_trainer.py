@@ -49,6 +49,8 @@ class DetectionTrainer:
     _validation: Dataset | None = None
     _dataset: Dataset | None = None
     _present: PresentImages | None = None
+    _optimizer_state: engine.OptimizerState | None = None
+    """What the last update ended with; a restarted agent begins with a fresh one."""
 
     @classmethod
     def from_settings(cls, settings: Settings) -> DetectionTrainer:
@@ -114,6 +116,7 @@ class DetectionTrainer:
                 present,
                 seed=seed,
                 progress=spec.progress(base_version),
+                optimizer_state=self._optimizer_state if spec.plan.optimizer_state == "kept" else None,
                 duty=self.duty,
                 device=self.device,
                 on_step=lambda report: on_progress(
@@ -123,6 +126,7 @@ class DetectionTrainer:
         except BadDataset:
             self._present.find_unreadable(spec.plan, lambda: on_progress(Progress(0, steps, 0.0, left_out)))
             raise
+        self._optimizer_state = trained.optimizer_state
         metrics = trained.metrics | ({"left_out": float(left_out)} if left_out else {})
         return replace(trained, metrics=metrics)
 

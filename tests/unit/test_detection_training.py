@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +17,7 @@ from detection.augment import batch, whole_target
 from detection.dataset import Dataset, load_dataset
 from detection.engine import (
     Diverged,
+    OptimizerState,
     OutOfMemory,
     StepReport,
     Trained,
@@ -618,3 +620,34 @@ def test_a_box_that_is_hardly_in_the_picture_is_left_out(dataset: Dataset) -> No
             smallest = ((boxes[:, 2:] - boxes[:, :2]).prod(dim=1)).min()
             assert ((target["boxes"][:, 2:] - target["boxes"][:, :2]).prod(dim=1) >= 0.29 * smallest).all()
     assert dropped > 10
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_a_kept_optimiser_goes_on_where_it_was(optimizer: str, dataset: Dataset) -> None:
+    """The first step of the second update is the one that an optimiser that never ended would take."""
+    job = spec(optimizer=optimizer, learning_rate=1e-3, warmup_steps=2, schedule="constant")
+    first = run(job, initial_state(job), dataset)
+    moments = deepcopy(first.optimizer_state)
+    kept = run(job, first.weights, dataset, seed=2, optimizer_state=first.optimizer_state)
+    fresh = run(job, first.weights, dataset, seed=2)
+    assert not same(kept.weights, fresh.weights)
+    again = run(job, first.weights, dataset, seed=2, optimizer_state=moments)
+    assert same(kept.weights, again.weights), "what is given is not changed: an attempt may be dropped"
+    steps = [state["step"].item() for state in kept.optimizer_state.values() if "step" in state]
+    assert all(step == 4 for step in steps)
+
+
+def test_a_kept_optimiser_is_not_warmed_up_again(dataset: Dataset) -> None:
+    """SGD without momentum keeps nothing, so the rate alone is different."""
+    job = spec(
+        optimizer="sgd", momentum=0.0, learning_rate=0.1, warmup_steps=9, weight_decay=0.0, local_steps=1
+    )
+    weights = initial_state(job)
+    name = "head.classification_head.cls_logits.bias"
+
+    def moved(state: OptimizerState | None) -> float:
+        return float(
+            np.abs(run(job, weights, dataset, optimizer_state=state).weights[name] - weights[name]).max()
+        )
+
+    assert moved({}) == pytest.approx(10 * moved(None), rel=1e-2)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from detection.weights import initial_state
 from federation.errors import BadDataset, BadSettings
-from federation.jobs import JobSpec
+from federation.jobs import JobSpec, TrainingPlan
 from federation.settings import Settings
 from producers.detection_trainer import DetectionTrainer
 from tasks import evaluate
@@ -77,3 +79,23 @@ def test_a_site_without_data_is_told_the_settings() -> None:
 def test_the_held_out_set_may_have_any_format_too(folder: Path) -> None:
     dataset = evaluate._load(folder, None, "yolo", SPEC.classes)
     assert dataset.boxes_per_class() == {"table": 1, "chair": 2, "lamp": 0}
+
+
+@pytest.mark.parametrize("policy", ["fresh", "kept"])
+def test_the_optimiser_is_kept_from_update_to_update_if_the_plan_says_so(folder: Path, policy: str) -> None:
+    spec = SPEC.model_copy(
+        update={
+            "plan": TrainingPlan(
+                image_size=64, batch_size=1, local_steps=1, optimizer_state=policy, learning_rate=1e-3
+            )
+        }
+    )
+    trainer = DetectionTrainer.from_settings(Settings(site_annotations=folder, site_format="yolo"))
+    trainer.prepare(spec)
+    weights = initial_state(spec)
+
+    def train() -> bytes:
+        trained = trainer.train(spec, weights, base_version=0, seed=1, on_progress=lambda progress: None)
+        return b"".join(np.ascontiguousarray(array).tobytes() for array in trained.weights.values())
+
+    assert (train() == train()) == (policy == "fresh")
