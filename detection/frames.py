@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from detection.images import REDUCING_GAP, orientation
+from detection.images import REDUCING_GAP, orientation, require_eight_bits
 from federation.errors import BadDataset, BadSettings
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ def read_image(path: Path, *, upright: bool = True, at_least: int | None = None)
     try:
         # Pillow warns of large pictures and of odd headers, which is no news to who has many
         with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+            require_eight_bits(file)
             width, height = file.size
             if at_least is not None:
                 file.draft("RGB", (REDUCING_GAP * at_least, REDUCING_GAP * at_least))

@@ -88,11 +88,21 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
+def require_eight_bits(image: Image.Image) -> None:
+    """Raises ValueError for a picture, such as a thermal camera's, of which Pillow would make all above 255 white."""
+    if image.mode.startswith(("I", "F")):
+        raise ValueError(
+            f"more than 8 bits a pixel, mode {image.mode}: only the camera's owner knows which values matter; "
+            "make an 8-bit picture of them"
+        )
+
+
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[bytes, Image.Image]]:
     data = _read(path)
     try:
         with _quiet(), Image.open(io.BytesIO(data)) as image:
+            require_eight_bits(image)
             yield data, image
     except _NOT_AN_IMAGE as exc:
         raise BadDataset(f"{path}: cannot be read as an image ({exc}): replace the file") from exc

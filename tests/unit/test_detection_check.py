@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from detection.check import check
-from detection.dataset import checked_items, load_dataset
+from detection.dataset import checked_items, load_dataset, read_square
 from detection.draw import annotation_sheet, colour_of, evenly
+from detection.frames import read_image
 from detection.statistics import describe
 from federation.errors import BadDataset
 
@@ -162,6 +163,18 @@ def test_content_that_is_known_is_not_decoded_again(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-30])
     assert [defect.kind for defect in check(folder).defects] == ["unreadable image"]
     assert check(folder, known=lambda sha256: True).defects == ()
+
+
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
+def test_a_picture_of_more_than_8_bits_is_not_cut_off_in_silence(folder: Path, dtype: type) -> None:
+    values = np.linspace(0, 4095, 100 * 100).reshape(100, 100).astype(dtype)
+    Image.fromarray(values).save(folder / "images/1.png", format="TIFF")
+    (defect,) = check(folder).defects
+    assert defect.kind == "unreadable image"
+    assert "more than 8 bits a pixel" in str(defect)
+    for read in (read_image, lambda path: read_square(path, 32)):
+        with pytest.raises(BadDataset, match="8-bit picture"):
+            read(folder / "images/1.png")
 
 
 def test_the_sheet_shows_the_boxes_in_their_colours(folder: Path) -> None:
