@@ -11,9 +11,11 @@ import logging
 from typing import Any
 
 from federation.errors import NotFound
+from federation.jobs import Job
 from federation.points import Point, reach
 from federation.types import Evaluation
 from storage.jobs import save_report
+from storage.log import VersionLog
 from tasks import celery
 from tasks.context import Context, current
 from tasks.deadletters import keep_report
@@ -52,9 +54,21 @@ def _refusal(context: Context, report: Evaluation) -> tuple[str, str] | None:
     foreign = {name for table in report.per_class.values() for name in table} - {*job.spec.classes}
     if foreign:
         return "unknown-class", f"job {report.job!r} has no classes {', '.join(sorted(foreign))}"
+    log = context.log(job.id)
     try:
-        version = context.log(job.id).version(report.version)
+        version = log.version(report.version)
         context.store.size(version.model.key)  # else retention could not keep it any more for being measured
     except NotFound as exc:
         return "unknown-version", f"version {report.version} of job {report.job!r} is not kept: {exc}"
+    if not _is_due(job, log, report.version):
+        return "not-due", f"sites measure other versions of job {report.job!r} than {report.version}"
     return None
+
+
+def _is_due(job: Job, log: VersionLog, version: int) -> bool:
+    """Retention keeps what was measured, and so a site must not be able to measure everything."""
+    made = log.first_at(version)
+    before = next(log.history(max(made.seq - 1, 0)))
+    head = log.head().head
+    ended_with_it = head.closed is not None and head.version == version
+    return job.spec.evaluation.sites_due(before.head.version, version, ended_with_it)

@@ -32,7 +32,7 @@ import pytest
 from broker import topology
 from broker.open import connect
 from federation.ids import new_update_id
-from federation.jobs import StopRule
+from federation.jobs import EvaluationPolicy, StopRule
 from federation.keys import job_prefix, log_prefix, updates_prefix
 from federation.points import Point
 from federation.settings import env_name
@@ -186,7 +186,7 @@ def serve(stage: Stage) -> None:
 
 def keep_reports(stage: Stage) -> None:
     """Sites report what they measured, one of them twice, and one of a version that never was."""
-    stage.create_job()
+    stage.create_job(evaluation=EvaluationPolicy(sites_every=1))
     good = [stage.send() for _ in range(VERSIONS)]
     until("the job to close", stage.closed)
     for version, site in ((VERSIONS, SITE), (VERSIONS, "site-b"), (VERSIONS, SITE), (VERSIONS + 1, SITE)):

@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from federation.jobs import EvaluationPolicy
 from federation.types import Published
 from storage.access import site_policy
 from storage.jobs import list_evaluations
@@ -64,7 +65,7 @@ def site_environment(server: Server, s3: Rgw) -> dict[str, str]:
 def test_a_site_written_from_the_protocol_is_merged_and_seen(
     server: Server, s3_server: Rgw, tmp_path: Path
 ) -> None:
-    server.create_job(job_spec(JOB), toy_arrays(1.0))
+    server.create_job(job_spec(JOB, evaluation=EvaluationPolicy(sites_every=1)), toy_arrays(1.0))
     command = [sys.executable, "-I", str(SCRIPT), JOB, SITE]
     environment = site_environment(server, s3_server)
     result = subprocess.run(

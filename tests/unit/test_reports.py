@@ -114,6 +114,7 @@ def serve(tmp_path: Path) -> Iterator[Callable[..., Server]]:
 
     def start(**policy: Any) -> Server:
         store = policy.pop("store", None)
+        policy.setdefault("sites_every", 1)
         stop = StopRule(max_versions=policy.pop("max_versions", 1000))
         changes = {"participants": p} if (p := policy.pop("participants", None)) else {}
         spec = job_spec(evaluation=EvaluationPolicy(**policy), stop=stop, **changes)
@@ -194,6 +195,27 @@ def test_what_a_site_could_not_have_measured_is_a_dead_letter(
         server.publish(encode_report(report(**changes)))
     assert server.measured() == []
     assert server.reasons() == [reason]
+
+
+def test_a_site_reports_on_the_versions_that_are_due_alone(serve: Callable[..., Server]) -> None:
+    """Retention keeps what was measured: a site that measured everything would fill the bucket with models."""
+    server = serve(sites_every=2, max_versions=5)
+    server.versions(4)
+    for version in range(5):
+        server.publish(encode_report(report(version=version)))
+    assert server.measured() == [(2, "site-a"), (4, "site-a")]
+    assert server.reasons() == ["not-due"] * 3
+    server.versions(1)
+    server.publish(encode_report(report(version=5)))
+    assert server.measured()[-1] == (5, "site-a"), "the last one always"
+
+
+def test_nobody_reports_where_the_job_does_not_ask(serve: Callable[..., Server]) -> None:
+    server = serve(sites_every=0, max_versions=2)
+    server.versions(2)
+    for version in range(3):
+        server.publish(encode_report(report(version=version)))
+    assert (server.measured(), server.reasons()) == ([], ["not-due"] * 3)
 
 
 def test_a_report_on_a_version_whose_model_is_gone_is_a_dead_letter(serve: Callable[..., Server]) -> None:
