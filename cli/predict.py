@@ -144,10 +144,16 @@ def _check(inputs: Sequence[Input], nothing: Sequence[str], out: Path, drawing: 
             f"no images in {', '.join(nothing)}: name files, folders with images, globs or videos that exist"
         )
     sources = {os.path.realpath(item.path) for item in inputs}
+    drawn: dict[str, Input] = {}
     for item in inputs if drawing else ():
         target = out / picture_name(item)
         if os.path.realpath(target) in sources:
             fail(f"--out {out} would overwrite {target}, which is to be read: choose another folder")
+        first = drawn.setdefault(picture_name(item), item)
+        if first is not item:
+            fail(
+                f"{first.name} and {item.name} would both become {target}: do one after the other, or --no-draw"
+            )
 
 
 def pull_version(settings: Settings, job: str, version: str, offline: bool) -> Pulled:

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from detection.augment import Target, batch
 from detection.dataset import Dataset
-from detection.threads import keep_freed_memory
+from detection.threads import is_out_of_memory, keep_freed_memory
 from detection.weights import Arrays, load_state, module_for, state
 from federation.errors import BadDataset, BadJob, Rejected
 from federation.jobs import JobSpec, TrainingPlan
@@ -106,7 +106,7 @@ def train(
     try:
         return _train(spec, weights, dataset, seed, progress, total, optimizer_state, on_step, duty, where)
     except (MemoryError, RuntimeError) as exc:
-        if not _is_out_of_memory(exc):
+        if not is_out_of_memory(exc):
             raise
     # Raised out here: the exception above holds every tensor of the step until it is forgotten.
     if where.type == "cuda":
@@ -306,9 +306,3 @@ def freeze(module: nn.Module, plan: TrainingPlan) -> None:
             layer.eval()
         elif plan.norm == "frozen" and isinstance(layer, _BatchNorm):
             layer.eval().requires_grad_(False)
-
-
-def _is_out_of_memory(exc: Exception) -> bool:
-    """CUDA has a class for it, the allocator of the CPU only words."""
-    words = ("not enough memory", "can't allocate memory")
-    return isinstance(exc, MemoryError | torch.OutOfMemoryError) or any(word in str(exc) for word in words)

@@ -14,7 +14,7 @@ from torch import nn
 
 from detection.evaluate import BATCH, Found, to_pixels
 from detection.frames import Frame, read_image
-from detection.threads import pick_device
+from detection.threads import is_out_of_memory, pick_device
 from detection.weights import load_state, module_for
 from federation.errors import BadSettings
 from federation.jobs import JobSpec
@@ -65,7 +65,9 @@ class Detector:
             with torch.inference_mode():
                 results = self._module(squares.to(self.device).float().div_(255))
                 return [{name: value.cpu() for name, value in result.items()} for result in results]
-        except torch.OutOfMemoryError as exc:
+        except (MemoryError, RuntimeError) as exc:
+            if not is_out_of_memory(exc):
+                raise
             raise BadSettings(
                 f"{self.device} has too little memory for {len(squares)} pictures at a time: use a smaller batch"
             ) from exc

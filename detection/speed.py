@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from detection.engine import to_device
 from detection.registry import ARCHS, build
-from detection.threads import keep_freed_memory
+from detection.threads import is_out_of_memory, keep_freed_memory
 from detection.weights import Arrays
 from federation.errors import BadJob
 
@@ -52,8 +52,26 @@ def measure(
 ) -> Speed:
     """Train and detect on random images for `seconds` each, at least one step after one that is not counted.
 
-    A training step is forward, backward and AdamW, without reading images. Raises BadJob.
+    A training step is forward, backward and AdamW, without reading images. Raises BadJob, also if the memory is not
+    enough.
     """
+    try:
+        return _measure(arch, num_classes, image_size, batch_size, seconds, on_step, device)
+    except (MemoryError, RuntimeError) as exc:
+        if not is_out_of_memory(exc):
+            raise
+    raise BadJob(f"the memory is not enough for batches of {batch_size} images of {image_size} pixels")
+
+
+def _measure(
+    arch: str,
+    num_classes: int,
+    image_size: int,
+    batch_size: int,
+    seconds: float,
+    on_step: Callable[[], None],
+    device: str,
+) -> Speed:
     keep_freed_memory()
     module = build(arch, num_classes, image_size).to(device)
     generator = torch.Generator().manual_seed(0)

@@ -46,3 +46,9 @@ def keep_freed_memory() -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_MMAP_MAX, 0)
         libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def is_out_of_memory(exc: Exception) -> bool:
+    """CUDA has a class for it, the allocator of the CPU only words."""
+    words = ("not enough memory", "can't allocate memory")
+    return isinstance(exc, MemoryError | torch.OutOfMemoryError) or any(word in str(exc) for word in words)

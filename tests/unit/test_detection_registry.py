@@ -21,6 +21,7 @@ from detection.convention import check
 from detection.families import DEFAULT_ARCH, FAMILIES
 from detection.initial import Match, download, fill, read_state_dict, torchvision_weights
 from detection.registry import ARCHS, build, known
+from detection.speed import measure
 from detection.square import SquareTransform
 from detection.weights import initial_state, initial_weights
 from federation import plugins
@@ -472,3 +473,8 @@ def test_model_archs_shows_ones_own_and_names_what_fails(monkeypatch: pytest.Mon
     assert result.exit_code == 0, result.output
     assert "company_models:tiny" in result.output
     assert "ZeroDivisionError" in result.output
+
+
+def test_too_little_memory_to_measure_is_said() -> None:
+    with pytest.raises(BadJob, match="memory is not enough for batches of 1000000000 images"):
+        measure(DEFAULT_ARCH, 7, 64, 10**9, 0)

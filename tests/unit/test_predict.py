@@ -171,6 +171,15 @@ def test_nothing_is_overwritten_that_is_read(place: Place) -> None:
     )
 
 
+def test_two_inputs_that_would_become_one_picture_are_named(place: Place) -> None:
+    image = place.folder / "frames" / "a" / "1.jpg"
+    Image.open(image).save(place.folder / "frames" / "x.png")
+    (place.folder / "frames" / "x.png.jpg").write_bytes(image.read_bytes())
+    said = place.predict("frames", ok=False).output
+    assert "x.png and x.png.jpg would both become predictions/x.png.jpg" in said
+    assert "objects" in place.predict("frames", "--no-draw").output
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
