@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image
 
-from detection.images import REDUCING_GAP, orientation, require_eight_bits
+from detection.images import FORMATS, NOT_AN_IMAGE, REDUCING_GAP, orientation, require_eight_bits
 from federation.errors import BadDataset, BadSettings
 
 if TYPE_CHECKING:
@@ -74,14 +74,14 @@ def read_image(path: Path, *, upright: bool = True, at_least: int | None = None)
     """
     try:
         # Pillow warns of large pictures and of odd headers, which is no news to who has many
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as file:
+        with warnings.catch_warnings(action="ignore"), Image.open(path, formats=FORMATS) as file:
             require_eight_bits(file)
             width, height = file.size
             if at_least is not None:
                 file.draft("RGB", (REDUCING_GAP * at_least, REDUCING_GAP * at_least))
             turn = _EXIF_TURNS.get(orientation(file)) if upright else None
             image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as exc:
+    except NOT_AN_IMAGE as exc:
         reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
         raise BadDataset(f"{path}: cannot be read as an image: {reason}") from exc
     if turn is None:

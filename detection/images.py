@@ -22,7 +22,9 @@ REDUCING_GAP = 1
 """A JPEG is decoded at a half, quarter or eighth of its size if that is at least this many times what is wanted. With 1
 1920x1080 takes half the time, and the pixels of a square differ by 0.4 of 255 in the mean."""
 _ORIENTATION = 0x0112  # EXIF; 1 is upright
-_NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+"""What files may be, whatever they are called; MPO is a JPEG. Of the others that Pillow knows one runs Ghostscript."""
+NOT_AN_IMAGE = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +48,9 @@ def image_files(folder: Path) -> list[str]:
 def header_size(path: Path) -> tuple[int, int] | None:
     """Width and height in pixels from the file's header; None if it is not a readable image."""
     try:
-        with _quiet(), Image.open(path) as image:
+        with _quiet(), Image.open(path, formats=FORMATS) as image:
             return image.size
-    except _NOT_AN_IMAGE:
+    except NOT_AN_IMAGE:
         return None
 
 
@@ -76,7 +78,7 @@ def decode_square(path: Path, side: int) -> tuple[NDArray[np.uint8], ImageFile]:
 
 def _describe(data: bytes, image: Image.Image) -> ImageFile:
     # of a JPEG alone: it is cameras that turn images so, and a PNG would be decoded to find it
-    upright = image.format != "JPEG" or orientation(image) == 1
+    upright = image.format not in ("JPEG", "MPO") or orientation(image) == 1
     return ImageFile(image.width, image.height, len(data), hashlib.sha256(data).hexdigest(), upright)
 
 
@@ -101,10 +103,10 @@ def require_eight_bits(image: Image.Image) -> None:
 def _opened(path: Path) -> Iterator[tuple[bytes, Image.Image]]:
     data = _read(path)
     try:
-        with _quiet(), Image.open(io.BytesIO(data)) as image:
+        with _quiet(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             require_eight_bits(image)
             yield data, image
-    except _NOT_AN_IMAGE as exc:
+    except NOT_AN_IMAGE as exc:
         raise BadDataset(f"{path}: cannot be read as an image ({exc}): replace the file") from exc
 
 

@@ -128,10 +128,14 @@ def test_the_same_box_twice_is_a_note(folder: Path) -> None:
     assert check(folder).notes == ("1 boxes are there twice, with the same class and corners",)
 
 
-def test_images_that_exif_turns_are_a_note(folder: Path) -> None:
+@pytest.mark.parametrize("format", ["JPEG", "MPO"])
+def test_images_that_exif_turns_are_a_note(folder: Path, format: str) -> None:
+    """MPO, a JPEG with a second picture behind it, is what some phones and stereo cameras write as .jpg."""
     exif = Image.Exif()
     exif[0x0112] = 6
-    Image.new("RGB", (100, 100), (1, 2, 3)).save(folder / "images/3.jpg", exif=exif)
+    image = Image.new("RGB", (100, 100), (1, 2, 3))
+    more: dict[str, Any] = {"save_all": True, "append_images": [image]} if format == "MPO" else {}
+    image.save(folder / "images/3.jpg", format=format, exif=exif, **more)
     coco = document()
     coco["images"][2]["file_name"] = "3.jpg"
     write(folder, coco)
@@ -175,6 +179,16 @@ def test_a_picture_of_more_than_8_bits_is_not_cut_off_in_silence(folder: Path, d
     for read in (read_image, lambda path: read_square(path, 32)):
         with pytest.raises(BadDataset, match="8-bit picture"):
             read(folder / "images/1.png")
+
+
+def test_a_program_for_ghostscript_is_no_image_whatever_it_is_called(folder: Path) -> None:
+    file = folder / "images/1.png"
+    Image.open(file).save(file, format="EPS")
+    (defect,) = check(folder).defects
+    assert defect.kind == "unreadable image"
+    assert "Ghostscript" not in str(defect), "nobody looked for it"
+    with pytest.raises(BadDataset, match="cannot identify"):
+        read_image(file)
 
 
 def test_the_sheet_shows_the_boxes_in_their_colours(folder: Path) -> None:
