@@ -9,12 +9,11 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from cli.options import JobArgument, StoreUrl, console, fail, load
+from cli.options import JobArgument, StoreUrl, chosen_store, console, fail
 from federation.errors import FedqueueError, NotFound
 from storage.audit import Audit, Finding
 from storage.blob import BlobStore
 from storage.jobs import list_jobs
-from storage.open import open_store
 from storage.tensors import encode
 from tasks.replay import Replay
 
@@ -35,7 +34,7 @@ def audit(
 
     Example: fedqueue audit street
     """
-    store = open_store(load(store_url=store_url))
+    store = chosen_store(store_url)
     run = Audit(store, job, digests=not quick)
     try:
         with console.status("reading the log") as status:
@@ -76,7 +75,7 @@ def replay(
 
     Example: fedqueue replay street --to 40 --out street-40.safetensors
     """
-    store = open_store(load(store_url=store_url))
+    store = chosen_store(store_url)
     versions = updates = 0
     try:
         run = Replay(store, job)

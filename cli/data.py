@@ -12,11 +12,10 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from cli.options import StoreUrl, console, fail, load
+from cli.options import StoreUrl, chosen_store, console, fail
 from federation.errors import BadDataset, FedqueueError
 from federation.settings import AnnotationFormat
 from storage.jobs import load_job
-from storage.open import open_store
 
 if TYPE_CHECKING:
     from detection.check import Checked
@@ -73,7 +72,7 @@ def check(
     try:
         names = _names(classes)
         if job is not None:
-            names = load_job(open_store(load(store_url=store_url)), job).spec.classes
+            names = load_job(chosen_store(store_url), job).spec.classes
         checked = _look(path, images, format, names)
         from detection.statistics import describe
 

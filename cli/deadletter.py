@@ -10,7 +10,7 @@ import typer
 from rich.markup import escape
 
 from broker.open import connect, declare
-from cli.options import BrokerUrl, StoreUrl, console, export, fail, load
+from cli.options import BrokerUrl, StoreUrl, chosen_store, console, export, fail, load
 from federation.errors import BadMessage, FedqueueError, NotFound
 from federation.types import DeadLetter
 from storage.blob import BlobStore
@@ -30,7 +30,7 @@ def list_letters(store_url: StoreUrl = None) -> None:
 
     Example: fedqueue deadletter list
     """
-    store = open_store(load(store_url=store_url))
+    store = chosen_store(store_url)
     rows = [("id", "when (UTC)", "queue", "reason", "who", "message")]
     for letter in _waiting(store):
         message = letter.message if len(letter.message) <= SHOWN else f"{letter.message[: SHOWN - 1]}…"
@@ -51,7 +51,7 @@ def show(
 
     Example: fedqueue deadletter show 0b0c3d5e-7f4a-9c1d-2e3f-4a5b6c7d8e9f
     """
-    store = open_store(load(store_url=store_url))
+    store = chosen_store(store_url)
     found = _find(store, letter)
     for name, value in found.model_dump(mode="json", exclude={"body_base64", "schema_version"}).items():
         if value is not None:

@@ -10,13 +10,12 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cli.options import JobArgument, StoreUrl, console, fail, load
+from cli.options import JobArgument, StoreUrl, chosen_store, console, fail
 from federation.errors import FedqueueError, NotFound
 from federation.jobs import JobSpec
 from federation.types import SERVER, Evaluation
 from storage.best import Best, best_of
 from storage.jobs import list_evaluations, list_jobs, load_job
-from storage.open import open_store
 
 MAX_COLUMNS = 3
 """Sites side by side; of more, the mean over their images."""
@@ -102,7 +101,7 @@ def metrics(
 
     Example: fedqueue model metrics street --version 40 --metric "VOC2010 mAP@0.5"
     """
-    store = open_store(load(store_url=store_url))
+    store = chosen_store(store_url)
     try:
         spec = load_job(store, job).spec
         evaluations = list_evaluations(store, job)

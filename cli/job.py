@@ -15,7 +15,7 @@ from rich.table import Table
 from broker.open import connect, declare
 from cli.figures import Figures
 from cli.initial import first_weights
-from cli.options import BrokerUrl, JobArgument, StoreUrl, console, existing, export, fail, load
+from cli.options import BrokerUrl, JobArgument, StoreUrl, chosen_store, console, existing, export, fail, load
 from cli.shares import shares
 from federation.errors import BadJob, FedqueueError, NotFound, Transient
 from federation.jobs import JobSpec
@@ -132,7 +132,7 @@ def status(job: JobArgument, store_url: StoreUrl = None) -> None:
 
     Example: fedqueue job status street
     """
-    store = open_store(load(store_url=store_url))
+    store = chosen_store(store_url)
     try:
         with console.status("reading the log"):
             the_job = load_job(store, job)
@@ -175,7 +175,7 @@ def history(job: JobArgument, store_url: StoreUrl = None) -> None:
 
     Example: fedqueue job history street
     """
-    store = open_store(load(store_url=store_url))
+    store = chosen_store(store_url)
     try:
         for record in VersionLog(store, job).history():
             console.print(

@@ -12,13 +12,12 @@ from rich.table import Table
 from cli.archs import archs
 from cli.export import export
 from cli.figures import Figures, metrics
-from cli.options import JobArgument, StoreUrl, console, fail, load
+from cli.options import JobArgument, StoreUrl, chosen_store, console, fail
 from federation.errors import FedqueueError, NotFound
 from federation.types import Created, Published
 from storage.jobs import list_evaluations, load_job
 from storage.log import VersionLog
 from storage.models import load_full_model
-from storage.open import open_store
 from storage.tensors import encode
 
 app = typer.Typer(help="Model versions and architectures.", no_args_is_help=True)
@@ -38,7 +37,7 @@ def list_versions(job: JobArgument, store_url: StoreUrl = None) -> None:
 
     Example: fedqueue model list street
     """
-    store = open_store(load(store_url=store_url))
+    store = chosen_store(store_url)
     try:
         with console.status("reading the log"):
             spec = load_job(store, job).spec
@@ -75,7 +74,7 @@ def pull(
 
     Example: fedqueue model pull street --version 40 --out street.safetensors
     """
-    store = open_store(load(store_url=store_url))
+    store = chosen_store(store_url)
     try:
         with console.status("downloading"):
             the_job = load_job(store, job)

@@ -18,6 +18,8 @@ from rich.markup import escape
 from federation import plugins
 from federation.errors import FedqueueError
 from federation.settings import Settings, env_name
+from storage.blob import BlobStore
+from storage.open import open_store
 
 console = Console(width=None if sys.stdout.isatty() else 110)  # a log file has no width: room for tables
 errors = Console(stderr=True)
@@ -45,6 +47,14 @@ def load(**overrides: Any) -> Settings:
         fail(exc)
     plugins.allow(settings.plugins)
     return settings
+
+
+def chosen_store(store_url: str | None) -> BlobStore:
+    """The store that a flag or the settings name. Exits if there can be none at that address."""
+    try:
+        return open_store(load(store_url=store_url))
+    except FedqueueError as exc:
+        fail(exc)
 
 
 def fail(error: FedqueueError | str) -> NoReturn:

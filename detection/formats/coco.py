@@ -32,7 +32,8 @@ def read(path: Path, images: Path | None) -> Annotations:
     annotations.classes = tuple(names.values())
     boxes = _boxes(document, names, annotations)
     for entry in _entries(document, "images", annotations):
-        name, width, height = entry.get("file_name"), entry.get("width"), entry.get("height")
+        name = entry.get("file_name")
+        width, height = (_as_whole(entry.get(side)) for side in ("width", "height"))
         where = f"image {entry['id']}"
         if not is_inside(name):
             annotations.defect(
@@ -85,6 +86,11 @@ def write_file(pictures: Sequence[Picture], classes: Sequence[str], file: Path) 
         "categories": [{"id": number, "name": name} for name, number in category.items()],
     }
     return write_text(file, json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+
+
+def _as_whole(value: Any) -> Any:
+    """Some tools write 480.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def _check_shape(document: object, path: Path) -> None:

@@ -70,6 +70,16 @@ def test_a_wrong_setting_names_itself_and_ends_the_process() -> None:
     assert "site_duty" in result.output
 
 
+@pytest.mark.parametrize(
+    "command", [["job", "status", "street"], ["model", "list", "street"], ["deadletter", "list"]]
+)
+def test_a_store_that_cannot_be_is_one_line_and_no_traceback(command: list[str]) -> None:
+    result = CliRunner().invoke(app, [*command, "--store-url", "s3://127.0.0.1:9000/B"])
+    assert result.exit_code == 1
+    assert isinstance(result.exception, SystemExit)
+    assert "must name one bucket" in result.output
+
+
 def test_an_unknown_job_is_named_beside_those_there_are(tmp_path: object) -> None:
     result = CliRunner().invoke(app, ["job", "status", "nowhere", "--store-url", f"file:{tmp_path}"])
     assert result.exit_code == 1

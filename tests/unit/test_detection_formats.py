@@ -16,7 +16,7 @@ from PIL import Image
 
 from detection.annotations import Annotations, Box, Picture
 from detection.check import Checked, check
-from detection.formats import FORMATS, Source, find_images, locate
+from detection.formats import FORMATS, Source, coco, find_images, locate
 from federation.errors import BadDataset
 from federation.settings import AnnotationFormat
 
@@ -431,3 +431,14 @@ def test_a_reader_can_be_called_alone(tmp_path: Path) -> None:
     read: Callable[[Path, Path | None], Annotations] = FORMATS["street"].read
     (picture,) = read(tmp_path / "s.json", None).pictures
     assert (picture.name, picture.width) == ("000009.jpg", None)
+
+
+def test_coco_sizes_may_be_written_with_a_point(tmp_path: Path) -> None:
+    file = tmp_path / "coco.json"
+    image = {"id": 1, "file_name": "a.jpg", "width": 640.0, "height": 480.0}
+    file.write_text(json.dumps({"images": [image], "annotations": [], "categories": []}))
+    found = coco.read(file, None)
+    assert [(p.width, p.height) for p in found.pictures] == [(640, 480)]
+    assert not found.defects
+    file.write_text(json.dumps({"images": [image | {"width": 640.5}], "annotations": [], "categories": []}))
+    assert coco.read(file, None).defects
