@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterator
+
 import hypothesis
+import pytest
 
 pytest_plugins: list[str] = ["tests.servers.rgw", "tests.servers.redis", "tests.servers.rabbitmq"]
 
@@ -11,3 +15,15 @@ hypothesis.settings.register_profile(
     "fedqueue", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("fedqueue")
+
+
+@pytest.fixture(autouse=True)
+def logging_as_before() -> Iterator[None]:
+    """A command that ran in this process has set up logging for itself: the next test must not see it."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in root.handlers[:]:
+        if not type(handler).__module__.startswith("_pytest."):
+            root.removeHandler(handler)
