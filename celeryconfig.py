@@ -16,7 +16,9 @@ _tasks = Exchange(_topology.TASKS_EXCHANGE, type="topic", durable=True)
 # The embedded queue is served by tasks/embedded.py; Celery then never connects anywhere.
 broker_url = "memory://" if _settings.embedded else _settings.broker_url.get_secret_value()
 broker_transport_options = {"confirm_publish": True}  # a task that was sent is a task that the broker has
-broker_heartbeat = 30  # seconds; notices a dead network, survives a busy machine
+# seconds; a broker that is killed is mostly noticed at once, but now and then (seen with Celery 5.7) only after
+# two heartbeats without a sign of it, so they must be short
+broker_heartbeat = 15
 broker_connection_timeout = 5  # seconds
 broker_connection_max_retries = None  # default 100, after which a worker exits for good
 broker_connection_retry_on_startup = True  # workers may start before the broker

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from cli.main import app
 from federation import plugins
 from federation.errors import BadJob
 from federation.jobs import EvaluationPolicy, JobSpec, StopRule, TrainingPlan
-from federation.types import Evaluation
+from federation.types import Evaluation, Published
 from producers.agent import SiteAgent
 from producers.custom_trainer import CustomTraining
 from producers.detection_trainer import DetectionTrainer
 from storage.jobs import best_version, list_evaluations, load_job
+from storage.log import VersionLog
 from storage.models import load_full_model
 from tasks.context import open_context
 from tasks.evaluate import evaluate
@@ -131,7 +133,12 @@ def test_an_image_classifier_is_trained_by_two_sites_until_its_job_closes(
         "the reports on the last version",
         lambda: last_reports <= {(e.version, e.who) for e in reports(server)},
     )
-    assert {e.version for e in reports(server)} <= {2, 4, 6}
+    # two updates that are merged in one publish leave out a version: then the next one stored is due
+    stored = [
+        r.head.version for r in VersionLog(server.store, "bright").history() if isinstance(r.event, Published)
+    ]
+    due = {after for before, after in pairwise([0, *stored]) if after // 2 > before // 2}
+    assert {e.version for e in reports(server)} <= due
     assert {e.num_images for e in reports(server)} == {64}
     best = best_version(server.store, "bright")
     assert best is not None
