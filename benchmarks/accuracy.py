@@ -1,6 +1,6 @@
 """What the federation reaches on Federated Street: `python -m benchmarks.accuracy run`, then `… report`.
 
-Six rows at equal total numbers of gradient steps, three seeds each (docs/accuracy.md explains and shows them):
+Six rows at equal total numbers of gradient steps, three seeds each (docs/accuracy.md explains them):
 
     central      one training on all images: what a company that owned everything would reach
     alone-a…c    each company of the three-company split by itself
