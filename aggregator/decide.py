@@ -29,6 +29,7 @@ FUTURE_BASE = "future-base"
 WRONG_PAYLOAD_KIND = "wrong-payload-kind"
 TOO_LARGE = "too-large"
 ALREADY_CONTRIBUTED = "already-contributed"
+ABANDONED_BASE = "abandoned-base"
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,11 @@ def decide(job: Job, head: Head, update: ClientUpdate) -> Decision:
 
 
 def wants_publish(spec: JobSpec, head: Head) -> bool:
-    """True if the pending contributions suffice to make a new version. Never once the job is closed."""
-    if head.closed is not None:
+    """True if the pending contributions suffice to make a new version.
+
+    Never once the job is closed, and not while its newest version is in quarantine.
+    """
+    if head.closed is not None or head.quarantine is not None:
         return False
     if spec.aggregation.strategy == "fedasync":
         return bool(head.pending)
@@ -98,6 +102,19 @@ def leftovers(head: Head) -> tuple[Refusal, ...]:
     return tuple(
         Refusal(update=c.update, reason=JOB_CLOSED, message=message, version=head.version)
         for c in head.pending
+    )
+
+
+def stranded(head: Head, to: int) -> tuple[Refusal, ...]:
+    """Refusals for pending updates that were trained from versions which a rollback to version `to` abandons.
+
+    The others stay: they were trained from `to` or before it, and are merged with the staleness that they have then.
+    """
+    message = f"trained from a version that was rolled back to version {to}: pull the newest version and train again"
+    return tuple(
+        Refusal(update=c.update, reason=ABANDONED_BASE, message=message, version=head.version)
+        for c in head.pending
+        if c.update.base_version > to
     )
 
 
@@ -136,6 +153,11 @@ def _problem(job: Job, head: Head, update: ClientUpdate) -> tuple[str, str] | No
         return FUTURE_BASE, (
             f"base version {update.base_version} is not published, the newest is {head.version}: "
             "send the number of the version that training started from"
+        )
+    if any(line.first <= update.base_version <= line.last for line in head.abandoned):
+        return ABANDONED_BASE, (
+            f"version {update.base_version}, from which it was trained, was rolled back: "
+            "pull the newest version and train again"
         )
     if update.payload_kind != spec.aggregation.payload_kind:
         return WRONG_PAYLOAD_KIND, (

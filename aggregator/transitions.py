@@ -18,7 +18,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from federation.jobs import JobSpec
-from federation.types import Contribution, Head, ModelVersion, Published, Refusal, Remembered
+from federation.types import (
+    AbandonedLine,
+    Contribution,
+    Head,
+    ModelVersion,
+    Published,
+    Quarantine,
+    Refusal,
+    Remembered,
+)
 
 REMEMBERED_LIMIT = 256
 """Ids in the head after a publish or a refusal: some 20 KB of each record."""
@@ -40,11 +49,8 @@ def accept(head: Head, contribution: Contribution) -> Head:
     if any(known.update_id == update.update_id for known in head.remembered):
         raise ValueError(f"{update.update_id} is in the log already: it cannot be accepted again")
     known = Remembered(update_id=update.update_id, base_version=update.base_version)
-    return Head(
-        current=head.current,
-        pending=(*head.pending, contribution),
-        remembered=(*head.remembered, known),
-        remembered_from=head.remembered_from,
+    return head.model_copy(
+        update={"pending": (*head.pending, contribution), "remembered": (*head.remembered, known)}
     )
 
 
@@ -62,22 +68,20 @@ def refuse(spec: JobSpec, head: Head, refusal: Refusal) -> Head:
     waited = len(pending) < len(head.pending)
     known = head.remembered if hopeless and not waited else _with_reasons(head.remembered, (refusal,))
     remembered, remembered_from = _bounded(known, head.remembered_from)
-    return Head(
-        current=head.current,
-        pending=pending,
-        remembered=remembered,
-        remembered_from=remembered_from,
-        closed=head.closed,
+    return head.model_copy(
+        update={"pending": pending, "remembered": remembered, "remembered_from": remembered_from}
     )
 
 
 def still_applies(head: Head, event: Published, base: ModelVersion) -> bool:
     """True if `event`, made from model `base`, may still follow `head`: only other updates came in between.
 
-    False: another publish won, or the job was closed, or an update was refused meanwhile. Drop the work.
+    False: another publish won, the job was closed, rolled back or its version quarantined, or an update was refused
+    meanwhile. Drop the work.
     """
     pending = {c.update.update_id for c in head.pending}
-    return head.closed is None and head.current == base and pending.issuperset(_ids(event))
+    stays = head.closed is None and head.quarantine is None and head.current == base
+    return stays and pending.issuperset(_ids(event))
 
 
 def publish(
@@ -105,12 +109,15 @@ def publish(
         ),
         head.remembered_from,
     )
-    return Head(
-        current=current,
-        pending=tuple(c for c in head.pending if c.update.update_id not in gone),
-        remembered=remembered,
-        remembered_from=remembered_from,
-        closed=closed,
+    return head.model_copy(
+        update={
+            "current": current,
+            "pending": tuple(c for c in head.pending if c.update.update_id not in gone),
+            "remembered": remembered,
+            "remembered_from": remembered_from,
+            "abandoned": _still_reachable(spec, current.version, head.abandoned),
+            "closed": closed,
+        }
     )
 
 
@@ -119,14 +126,86 @@ def close(head: Head, reason: str) -> Head:
 
     A job is closed once: the first reason stays.
     """
-    if head.closed is not None:
+    return head if head.closed is not None else head.model_copy(update={"closed": reason})
+
+
+def hold(head: Head, reason: str) -> Head:
+    """Sites start no training until `resume`; updates are accepted and merged as before."""
+    return head.model_copy(update={"hold": reason})
+
+
+def resume(head: Head) -> Head:
+    """The opposite of `hold`."""
+    return head.model_copy(update={"hold": None})
+
+
+def quarantine(head: Head, version: int, reason: str, offered: ModelVersion) -> Head:
+    """`version` failed its gate, so it and all that was made from it is not offered: `offered`, an older one, is.
+
+    A version that fails later than another one before it changes nothing: the first has to be decided on.
+    """
+    if not offered.version < version <= head.version:
+        raise ValueError(
+            f"version {offered.version} cannot be offered instead of {version} of {head.version}"
+        )
+    if head.quarantine is not None and head.quarantine.version <= version:
         return head
-    return Head(
-        current=head.current,
-        pending=head.pending,
-        remembered=head.remembered,
-        remembered_from=head.remembered_from,
-        closed=reason,
+    return head.model_copy(update={"quarantine": Quarantine(version=version, reason=reason, offered=offered)})
+
+
+def clear(head: Head) -> Head:
+    """The quarantined version is good after all."""
+    return head.model_copy(update={"quarantine": None})
+
+
+def promote(head: Head, version: ModelVersion) -> Head:
+    """`version`, a stored one, becomes the stable one."""
+    if version.version > head.version:
+        raise ValueError(f"version {version.version} is not made yet")
+    return head.model_copy(update={"stable": version})
+
+
+def roll_back(spec: JobSpec, head: Head, to: ModelVersion, refused: Sequence[Refusal]) -> Head:
+    """A new version with the model of `to`. What lies between is abandoned, and a quarantine is over.
+
+    refused: `decide.stranded(head, to.version)`, the pending updates that were trained from the abandoned line.
+    """
+    if head.closed is not None:
+        raise ValueError(f"the job is closed ({head.closed}): it makes no version any more")
+    if not to.version < head.version:
+        raise ValueError(f"version {to.version} is not older than the newest, {head.version}")
+    current = to.model_copy(update={"version": head.version + 1})
+    gone = {refusal.update.update_id for refusal in refused}
+    line = AbandonedLine(first=to.version + 1, last=head.version)
+    remembered, remembered_from = _bounded(
+        tuple(
+            known
+            for known in _with_reasons(head.remembered, refused)
+            if not is_forgettable(spec, current.version, known.base_version)
+        ),
+        head.remembered_from,
+    )
+    return head.model_copy(
+        update={
+            "current": current,
+            "pending": tuple(c for c in head.pending if c.update.update_id not in gone),
+            "remembered": remembered,
+            "remembered_from": remembered_from,
+            "abandoned": _still_reachable(spec, current.version, (*head.abandoned, line)),
+            "quarantine": None,
+        }
+    )
+
+
+def _still_reachable(
+    spec: JobSpec, version: int, lines: Sequence[AbandonedLine]
+) -> tuple[AbandonedLine, ...]:
+    """Without those whose every version is too old to be trained from, and those that lie in another."""
+    kept = [line for line in lines if not is_forgettable(spec, version, line.last)]
+    return tuple(
+        line
+        for line in kept
+        if not any(line != other and other.first <= line.first and line.last <= other.last for other in kept)
     )
 
 

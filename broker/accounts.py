@@ -1,7 +1,7 @@
 """Accounts of the broker: what each may do, and the definitions file that creates them.
 
-A site can write updates, reports and heartbeats under its own name and read its own control queue. It can declare,
-bind and delete nothing, so its queue is the server's to create. The broker checks two regular expressions per
+A site can write updates, reports, requests and heartbeats under its own name and read its own control queue.
+It can declare, bind and delete nothing, so its queue is the server's to create. The broker checks two regular expressions per
 operation, one on the exchange or queue and, on a topic exchange, one on the routing key; where no topic
 permission is stored for an exchange, every key is allowed, which is why the first one must name one exchange.
 
@@ -57,7 +57,7 @@ def site_permissions(site: str) -> Permissions:
         write=f"^{re.escape(UPDATES_EXCHANGE)}$",
         read=f"^{re.escape(control_queue(site))}$",
         topic_exchange=UPDATES_EXCHANGE,
-        topic_write=rf"^(updates|reports|heartbeats)\.{re.escape(site)}$",
+        topic_write=rf"^(updates|reports|requests|heartbeats)\.{re.escape(site)}$",
         topic_read=NOTHING,
     )
 

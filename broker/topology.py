@@ -1,14 +1,14 @@
 """Exchanges, queues and keys: the one place that names them. Both brokers build what is described here.
 
     exchange       kind    who publishes                             key
-    fed.updates    topic   sites                                     updates.<site>, reports.<site>, heartbeats.<site>
+    fed.updates    topic   sites                                     <what>.<site>: updates, reports, requests, heartbeats
     fed.control    topic   server                                    all.<what>, <site>.<what>
     fed.tasks      topic   server: ingress and tasks                 merge.<task>, evaluate.<task>
     fed.dead       topic   broker (dead letters), ingress            the key that the message had
 
     queue          kind    bound to                    when it is full      in the end
     fed.updates    quorum  fed.updates updates.*,      refuse the publish   dead letter
-                                       reports.*
+                                       reports.*, requests.*
     fed.heartbeats classic fed.updates heartbeats.*    drop the oldest      dropped after 30 s
     fed.merge      quorum  fed.tasks   merge.#         refuse the publish   dead letter; one reader at a time
     fed.evaluate   quorum  fed.tasks   evaluate.#      refuse the publish   dead letter
@@ -144,7 +144,7 @@ def queues(delivery_limit: int = DELIVERY_LIMIT) -> tuple[QueueSpec, ...]:
         QueueSpec(
             name=DEAD, exchange=DEAD_EXCHANGE, keys=("#",), quorum=True, delivery_limit=NO_DELIVERY_LIMIT
         ),
-        _work_queue(UPDATES, UPDATES_EXCHANGE, ("updates.*", "reports.*"), delivery_limit),
+        _work_queue(UPDATES, UPDATES_EXCHANGE, ("updates.*", "reports.*", "requests.*"), delivery_limit),
         QueueSpec(
             name=HEARTBEATS,
             exchange=UPDATES_EXCHANGE,

@@ -115,7 +115,7 @@ def ingress(broker_url: BrokerUrl = None, live_url: LiveUrl = None) -> None:
         fail("with the embedded queue `fedqueue worker` is the whole server, ingress included")
     export(settings)
     from tasks.celery import send_celery
-    from tasks.ingress import Ingress, ticking
+    from tasks.ingress import Ingress, clock_tasks, ticking
 
     try:
         _patiently(lambda: declare(settings))
@@ -125,6 +125,6 @@ def ingress(broker_url: BrokerUrl = None, live_url: LiveUrl = None) -> None:
             send_celery,
             settings.heartbeat_ttl_s,
         )
-        gate.run(ticking(stop_on_signals().is_set, send_celery, settings.gc_every_s))
+        gate.run(ticking(stop_on_signals().is_set, send_celery, clock_tasks(settings)))
     except FedqueueError as exc:
         fail(exc)

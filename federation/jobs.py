@@ -223,11 +223,24 @@ class AggregationPolicy(Value):
 
 
 class StopRule(Value):
-    """When the job closes."""
+    """When the job closes: as soon as one of these holds. `aggregator/stopping.py` judges."""
 
     max_versions: int = Field(
         default=100, ge=1, le=MAX_VERSION, description="close when this version is made"
     )
+    target: float | None = Field(
+        default=None, description="close when a version reaches this value of evaluation.metric; none: never"
+    )
+    patience: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_VERSION,
+        description="close after so many measured versions in a row without improvement; none: never",
+    )
+    min_improvement: float = Field(
+        default=0.0, ge=0, description="patience: by how much a version must beat the best before it"
+    )
+    deadline: AwareDatetime | None = Field(default=None, description="close at this time; none: never")
 
 
 class EvaluationPolicy(Value):
@@ -241,6 +254,11 @@ class EvaluationPolicy(Value):
     )
     metric: MetricName = Field(
         default=MAP_50, description="the best version is the one that has most of this"
+    )
+    max_drop: float | None = Field(
+        default=None,
+        gt=0,
+        description="quarantine a version whose metric is lower than the best before it by more; none: never",
     )
 
     def server_due(self, previous: int, version: int, closed: bool) -> bool:
@@ -257,19 +275,58 @@ def _due(every: int, previous: int, version: int, closed: bool) -> bool:
     return every > 0 and (version // every > previous // every or closed)
 
 
+class Participation(Value):
+    """Which sites train, and when."""
+
+    mode: Literal["free-running", "invited"] = Field(
+        default="free-running",
+        description="every joined site trains whenever it can | the server chooses who trains",
+    )
+    min_sites: int = Field(
+        default=1, ge=1, le=10_000, description="nobody trains before so many sites have joined"
+    )
+    min_interval_s: float = Field(
+        default=0.0, ge=0, le=31_536_000, description="seconds between the starts of two trainings of a site"
+    )
+    concurrency: int = Field(
+        default=4, ge=1, le=10_000, description="invited: so many sites are kept busy at a time"
+    )
+    max_load: float = Field(
+        default=1.5, gt=0, le=1000, description="invited: busier sites are passed over; load average per core"
+    )
+    lease_s: float = Field(
+        default=600.0,
+        gt=0,
+        le=604_800,
+        description="invited: seconds in which an invited site must finish, or another takes its place",
+    )
+
+
+class ReleaseRule(Value):
+    """Whose consent it takes to give a version away outside. `aggregator/consent.py` judges."""
+
+    approvals: Literal["all", "majority"] = Field(
+        default="all",
+        description="of the sites whose work is in the version; a majority is more than half of them",
+    )
+
+
 class JobSpec(Value):
     """What a submitter writes: everything of a job but its id's first model."""
 
+    schema_version: Literal[1] = 1
     id: Name
     classes: tuple[ClassName, ...] = Field(min_length=1, max_length=1000)
     arch: str = Field(default="fcos_shufflenet_v2_x0_5", min_length=1, max_length=128)
     participants: tuple[Name, ...] | None = Field(
-        default=None, max_length=10_000, description="sites that may contribute; none: every enrolled site"
+        default=None, max_length=10_000, description="sites that are invited; none: every enrolled site"
     )
+    participation: Participation = Participation()
     plan: TrainingPlan = TrainingPlan()
     aggregation: AggregationPolicy = AggregationPolicy()
     stop: StopRule = StopRule()
     evaluation: EvaluationPolicy = EvaluationPolicy()
+    release: ReleaseRule = ReleaseRule()
     max_inflight: int | None = Field(
         default=None,
         ge=1,
@@ -285,6 +342,18 @@ class JobSpec(Value):
             raise ValueError("participants: a name is there twice")
         if self.aggregation.strategy == "fedavg" and not self.participants:
             raise ValueError("participants: fedavg waits for every invited site, so it must name them")
+        return self
+
+    @model_validator(mode="after")
+    def _check_participation(self) -> Self:
+        if self.participants and self.participation.min_sites > len(self.participants):
+            raise ValueError(
+                "participation.min_sites: more than there are participants, so nobody would ever train"
+            )
+        if self.aggregation.strategy == "fedavg" and self.participation.mode == "invited":
+            raise ValueError(
+                "participation.mode: fedavg waits for every participant, so it cannot choose among them"
+            )
         return self
 
     def progress(self, base_version: int) -> tuple[float, float]:
@@ -314,6 +383,7 @@ class Job(Value):
     spec: JobSpec
     initial: ModelRef
     max_update_bytes: int = Field(ge=1, description="largest payload that is read")
+    submitted_by: Name = Field(default="server", description='a site, or "server": an operator')
     created_at: AwareDatetime
 
     @property

@@ -2,6 +2,9 @@
 
 _probe/<random>                            written and removed: by the start-up probe, to ask for the store's time
 deadletters/<id>[.<n>].json                a message nobody could handle, whole, and each of its requeues
+announced/<job>.json                       every job, so that a site finds them without reading what they store
+answers/<who>/<request_id>.json            what became of a request; who: a site, or "server" for an operator
+sites/<site>.json                          the site's public key, written once
 jobs/<job>/
     job.json                               written once
     log/<20 digits>.json                   put-if-absent; the whole head after the event
@@ -9,6 +12,11 @@ jobs/<job>/
     updates/<site>/<update_id>.safetensors immutable, written by the site
     rejected/<site>/<update_id>.json       reason, numbers, when
     metrics/<version>/<who>.json           evaluation results
+    members/<site>.json                    joined or declined, and why
+    invitations/<site>.json                until when the site is invited to train
+    releases/<version>/proposal.json       the question whether this version may be given away outside
+    releases/<version>/answers/<site>/<n>.json   each answer of a site, signed; the newest counts
+    releases/<version>/bundle/…            what was released, once the job's rule was met
 """
 
 from __future__ import annotations
@@ -18,6 +26,9 @@ from federation.errors import CorruptLog
 PROBE_PREFIX = "_probe/"
 DEADLETTERS_PREFIX = "deadletters/"
 JOBS_PREFIX = "jobs/"
+ANNOUNCED_PREFIX = "announced/"
+ANSWERS_PREFIX = "answers/"
+SITES_PREFIX = "sites/"
 
 
 def job_prefix(job: str) -> str:
@@ -81,3 +92,55 @@ def metrics_key(job: str, version: int, who: str) -> str:
 
 def deadletter_key(letter_id: str) -> str:
     return f"{DEADLETTERS_PREFIX}{letter_id}.json"
+
+
+def announcement_key(job: str) -> str:
+    return f"{ANNOUNCED_PREFIX}{job}.json"
+
+
+def answer_key(who: str, request_id: str) -> str:
+    return f"{ANSWERS_PREFIX}{who}/{request_id}.json"
+
+
+def site_key(site: str) -> str:
+    return f"{SITES_PREFIX}{site}.json"
+
+
+def members_prefix(job: str) -> str:
+    return f"{job_prefix(job)}members/"
+
+
+def member_key(job: str, site: str) -> str:
+    return f"{members_prefix(job)}{site}.json"
+
+
+def invitations_prefix(job: str) -> str:
+    return f"{job_prefix(job)}invitations/"
+
+
+def invitation_key(job: str, site: str) -> str:
+    return f"{invitations_prefix(job)}{site}.json"
+
+
+def releases_prefix(job: str) -> str:
+    return f"{job_prefix(job)}releases/"
+
+
+def release_prefix(job: str, version: int) -> str:
+    return f"{releases_prefix(job)}{version:010d}/"
+
+
+def proposal_key(job: str, version: int) -> str:
+    return f"{release_prefix(job, version)}proposal.json"
+
+
+def consents_prefix(job: str, version: int) -> str:
+    return f"{release_prefix(job, version)}answers/"
+
+
+def consent_key(job: str, version: int, site: str, number: int) -> str:
+    return f"{consents_prefix(job, version)}{site}/{number:06d}.json"
+
+
+def bundle_key(job: str, version: int, name: str) -> str:
+    return f"{release_prefix(job, version)}bundle/{name}"

@@ -148,6 +148,10 @@ class Settings(BaseSettings):
     task_time_limit_s: int = Field(
         default=600, ge=10, le=1500, description="seconds; below the broker's 30-minute consumer timeout"
     )
+    oversee_every_s: Seconds = Field(
+        default=5.0,
+        description="seconds between looks at all open jobs: invitations, deadlines, sites that have joined",
+    )
     gc_every_s: Seconds = Field(
         default=3600.0,
         description="seconds between looks at all jobs, which remove what is needed no more (docs/operations.md)",

@@ -1,7 +1,9 @@
 """What sites send and what the log says, as frozen values. The nouns of docs/architecture.md.
 
-    LogRecord ─ Event (Created | Accepted | Refused | Published | Closed | Collected), Head after it
-    Head ─ version, ModelRef, pending Contributions, remembered ids
+    LogRecord ─ Event, Head after it
+    Event ─ of updates (Accepted | Refused | Published), of the job (Created | Held | Resumed | Closed), of its versions
+            (Promoted | Quarantined | Cleared | RolledBack), of its objects (Collected)
+    Head ─ version, ModelRef, pending Contributions, remembered ids, and what holds the job or a version back
     Contribution ─ ClientUpdate with the staleness and the weight that it was given
 
 Every type is a `Value`: checked when made, immutable, `to_json` / `from_json`.
@@ -31,6 +33,17 @@ Metrics = Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)]
 # --- what a site sends ---------------------------------------------------------------------------------
 
 
+class Transfer(Value):
+    """What a site's work moved, and what it did not."""
+
+    downloaded_bytes: int = Field(
+        ge=0, le=2**60, description="models and log records read since the site's last update of this job"
+    )
+    image_bytes: int = Field(
+        ge=0, le=2**60, description="size of the image files behind the update, which stayed where they are"
+    )
+
+
 class ClientUpdate(Value):
     """A site's finished local training. The tensors lie at `payload_key`; only this is sent."""
 
@@ -45,6 +58,7 @@ class ClientUpdate(Value):
     payload_sha256: Sha256
     payload_bytes: int = Field(ge=1, le=2**40)
     metrics: Metrics = Field(default_factory=dict)
+    transfer: Transfer | None = None
     created_at: AwareDatetime
 
     @model_validator(mode="after")
@@ -133,8 +147,61 @@ class Published(Value):
 
 
 class Closed(Value):
+    """The job is over. `by`: who ended it; "server" also for its own stop rule."""
+
     type: Literal["closed"] = "closed"
     reason: str = Field(max_length=200)
+    by: Name = SERVER
+
+
+class Held(Value):
+    """Sites start no training until the job is resumed; what they have finished is merged all the same."""
+
+    type: Literal["held"] = "held"
+    reason: str = Field(max_length=200)
+    by: Name = SERVER
+
+
+class Resumed(Value):
+    type: Literal["resumed"] = "resumed"
+    by: Name = SERVER
+
+
+class Quarantined(Value):
+    """Version `version` failed its evaluation gate: it is not offered to sites, and nothing is merged on top of it,
+    until an operator clears it or rolls back."""
+
+    type: Literal["quarantined"] = "quarantined"
+    version: int = Field(ge=1, le=MAX_VERSION)
+    reason: str = Field(max_length=200)
+
+
+class Cleared(Value):
+    """Somebody has decided that the quarantined version is good."""
+
+    type: Literal["cleared"] = "cleared"
+    by: Name = SERVER
+
+
+class Promoted(Value):
+    """A version became `stable`."""
+
+    type: Literal["promoted"] = "promoted"
+    version: int = Field(ge=0, le=MAX_VERSION)
+    by: Name = SERVER
+
+
+class RolledBack(Value):
+    """A new version whose model is that of version `to`. Those in between are the abandoned line.
+
+    `refused`: pending updates that were trained from it.
+    """
+
+    type: Literal["rolled-back"] = "rolled-back"
+    to: int = Field(ge=0, le=MAX_VERSION)
+    reason: str = Field(default="", max_length=200)
+    by: Name = SERVER
+    refused: tuple[Refusal, ...] = ()
 
 
 class Collected(Value):
@@ -148,7 +215,21 @@ class Collected(Value):
     keys: tuple[str, ...] = Field(min_length=1, max_length=MAX_COLLECTED)
 
 
-Event = Annotated[Created | Accepted | Refused | Published | Closed | Collected, Field(discriminator="type")]
+Event = Annotated[
+    Created
+    | Accepted
+    | Refused
+    | Published
+    | Closed
+    | Held
+    | Resumed
+    | Quarantined
+    | Cleared
+    | Promoted
+    | RolledBack
+    | Collected,
+    Field(discriminator="type"),
+]
 
 
 class Remembered(Value):
@@ -167,6 +248,21 @@ class ModelVersion(Value):
     server_state: ModelRef | None = None
 
 
+class Quarantine(Value):
+    """Why the newest versions are not offered: `version` failed; `offered` is the newest before it."""
+
+    version: int = Field(ge=1, le=MAX_VERSION)
+    reason: str = Field(max_length=200)
+    offered: ModelVersion
+
+
+class AbandonedLine(Value):
+    """Versions `first` to `last` were rolled back: what was trained from them is refused."""
+
+    first: int = Field(ge=1, le=MAX_VERSION)
+    last: int = Field(ge=1, le=MAX_VERSION)
+
+
 class Head(Value):
     """Everything that the next decision needs, after the newest event."""
 
@@ -179,10 +275,30 @@ class Head(Value):
         description="ids of updates from an older base may be missing in `remembered`; the log's history has them",
     )
     closed: str | None = Field(default=None, max_length=200, description="why no update is merged any more")
+    hold: str | None = Field(
+        default=None, max_length=200, description="why sites start no training at present"
+    )
+    quarantine: Quarantine | None = None
+    stable: ModelVersion | None = Field(default=None, description="the version that was promoted last")
+    abandoned: tuple[AbandonedLine, ...] = ()
 
     @property
     def version(self) -> int:
         return self.current.version
+
+    @property
+    def offered(self) -> ModelVersion:
+        """The newest version that sites and inference may use."""
+        return self.current if self.quarantine is None else self.quarantine.offered
+
+    @property
+    def idle_because(self) -> str | None:
+        """Why sites start no training at present; None: they may."""
+        if self.closed is not None:
+            return self.closed
+        if self.quarantine is not None:
+            return f"version {self.quarantine.version} is in quarantine: {self.quarantine.reason}"
+        return self.hold
 
 
 class LogRecord(Value):

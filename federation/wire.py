@@ -2,12 +2,13 @@
 
     update      site -> server   exchange fed.updates, key updates.<site>,    persistent, mandatory, confirmed
     report      site -> server   exchange fed.updates, key reports.<site>,    persistent, mandatory, confirmed
+    request     site -> server   exchange fed.updates, key requests.<site>,   persistent, mandatory, confirmed
     heartbeat   site -> server   exchange fed.updates, key heartbeats.<site>, transient, short-lived
     control     server -> site   exchange fed.control, key all.<what> or <site>.<what>; only a hint
 
-Bodies are UTF-8 JSON of at most MAX_BODY_BYTES, a report's of MAX_REPORT_BYTES. Nothing in a body says who sent it
-that the broker has not checked: `user_id` must equal the site in the routing key, and the site in the body must equal
-both.
+Bodies are UTF-8 JSON of at most MAX_BODY_BYTES, a report's and a request's of MAX_REPORT_BYTES. Nothing in a
+body says who sent it that the broker has not checked: `user_id` must equal the site in the routing key, and the
+site in the body must equal both.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from federation.base import Value, describe
 from federation.errors import BadMessage
 from federation.ids import Name, UpdateId, is_name
 from federation.jobs import MAX_VERSION
+from federation.requests import Request
 from federation.types import SERVER, ClientUpdate, Evaluation, SiteStatus
 
 MAX_BODY_BYTES = 4096
@@ -30,6 +32,7 @@ MAX_REPORT_BYTES = 16 * 1024
 JSON_TYPE = "application/json"
 UPDATE_TYPE = "fedqueue.update.v1"
 REPORT_TYPE = "fedqueue.report.v1"
+REQUEST_TYPE = "fedqueue.request.v1"
 HEARTBEAT_TYPE = "fedqueue.heartbeat.v1"
 CONTROL_TYPE = "fedqueue.control.v1"
 
@@ -91,8 +94,44 @@ class JobClosed(Value):
     reason: str
 
 
-Control = Annotated[NewVersion | Outcome | JobClosed, Field(discriminator="kind")]
-_CONTROL: TypeAdapter[NewVersion | Outcome | JobClosed] = TypeAdapter(Control)
+class JobAnnounced(Value):
+    """There is a new job: look at `announced/`."""
+
+    kind: Literal["job-announced"] = "job-announced"
+    job: Name
+
+
+class JobChanged(Value):
+    """The job is held, resumed, rolled back, in quarantine or out of it: look at its log."""
+
+    kind: Literal["job-changed"] = "job-changed"
+    job: Name
+
+
+class Invited(Value):
+    """This site is asked to train: look at `jobs/<job>/invitations/<site>.json`."""
+
+    kind: Literal["invited"] = "invited"
+    job: Name
+
+
+class ReleaseProposed(Value):
+    """This site's work is in a version that is to be given away: look at `jobs/<job>/releases/`."""
+
+    kind: Literal["release-proposed"] = "release-proposed"
+    job: Name
+    version: int = Field(ge=0, le=MAX_VERSION)
+
+
+class Answered(Value):
+    """A request of this site is answered: read `answers/<site>/<request_id>.json`."""
+
+    kind: Literal["answered"] = "answered"
+    request_id: UpdateId
+
+
+Control = NewVersion | Outcome | JobClosed | JobAnnounced | JobChanged | Invited | ReleaseProposed | Answered
+_CONTROL: TypeAdapter[Control] = TypeAdapter(Annotated[Control, Field(discriminator="kind")])
 
 
 def encode_update(update: ClientUpdate) -> Message:
@@ -143,6 +182,32 @@ def decode_report(delivery: Delivery) -> Evaluation:
     return evaluation
 
 
+def encode_request(request: Request) -> Message:
+    """Of a site. Raises BadMessage if it is larger than a message may be."""
+    body = request.to_json()
+    if len(body) > MAX_REPORT_BYTES:
+        raise BadMessage(
+            f"the request is {len(body)} bytes, at most {MAX_REPORT_BYTES}: shorten the job description",
+            "too-large",
+        )
+    return Message(
+        routing_key=f"requests.{request.who}",
+        body=body,
+        type=REQUEST_TYPE,
+        message_id=request.request_id,
+        user_id=request.who,
+    )
+
+
+def decode_request(delivery: Delivery) -> Request:
+    """Raises BadMessage with the reason for the dead letter."""
+    site = _authenticated_site(delivery, "requests", REQUEST_TYPE, MAX_REPORT_BYTES)
+    request = Request.from_json(delivery.body, BadMessage)
+    if request.who != site or site == SERVER:
+        raise BadMessage(f"the body says that {request.who!r} asks, the routing key {site!r}", "wrong-site")
+    return request
+
+
 def encode_heartbeat(status: SiteStatus, ttl_s: float) -> Message:
     return Message(
         routing_key=f"heartbeats.{status.site}",
@@ -163,14 +228,14 @@ def decode_heartbeat(delivery: Delivery) -> SiteStatus:
     return status
 
 
-def encode_control(control: NewVersion | Outcome | JobClosed, to: str = "all") -> Message:
+def encode_control(control: Control, to: str = "all") -> Message:
     """`to` is a site, or "all"."""
     return Message(
         routing_key=f"{to}.{control.kind}", body=control.to_json(), type=CONTROL_TYPE, persistent=False
     )
 
 
-def decode_control(delivery: Delivery) -> NewVersion | Outcome | JobClosed:
+def decode_control(delivery: Delivery) -> Control:
     """Raises BadMessage."""
     _check_envelope(delivery, CONTROL_TYPE)
     try:

@@ -9,11 +9,12 @@ probe.py        does the store honour put-if-absent?
 access.py       what a site's S3 account may do, as a bucket policy
 faulty.py       any store, with faults made on purpose
 readonly.py     any store, to look at: asked again, never written
-reading.py      reading twice what looks broken
+reading.py      reading values, and twice what looks broken
 
 tensors.py      safetensors files in canonical layout
 models.py       models and payloads, written and read under their digest; a site's cache
 jobs.py         job.json, evaluations, refusals, dead letters
+control.py      announcements, answers to requests, members, invitations
 best.py         which version is the best, from what was measured
 log.py          the version log: append by compare-and-swap, read, follow
 retention.py    what may go, and how it goes

@@ -1,6 +1,8 @@
 """What a site's S3 account may do, as a bucket policy.
 
-    read    jobs/*/job.json, log/*, models/*, metrics/*        and list jobs/*/log/*, jobs/*/metrics/*
+    read    jobs/*/job.json, log/*, models/*, metrics/*, members/*, invitations/*, releases/*
+            announced/*, sites/*, answers/<site>/*
+    list    jobs/*/log/*, jobs/*/metrics/*, jobs/*/members/*, jobs/*/releases/*, announced/*
     write   jobs/*/updates/<site>/*
 
 A policy's `*` also matches "/" on most servers. So an allowed pattern alone would let a site write
@@ -16,8 +18,18 @@ from federation.errors import BadSettings
 from federation.ids import is_name
 from storage.open import bucket_name
 
-READABLE = ("job.json", "log/*", "models/*", "metrics/*")
-NOT_BELOW = ("log", "models", "metrics", "rejected", "releases", "updates/*/updates")
+READABLE = ("job.json", "log/*", "models/*", "metrics/*", "members/*", "invitations/*", "releases/*")
+LISTABLE = ("jobs/*/log/*", "jobs/*/metrics/*", "jobs/*/members/*", "jobs/*/releases/*", "announced/*")
+NOT_BELOW = (
+    "log",
+    "models",
+    "metrics",
+    "rejected",
+    "members",
+    "invitations",
+    "releases",
+    "updates/*/updates",
+)
 
 Statement = dict[str, object]
 
@@ -66,8 +78,15 @@ def _statements(bucket: str, site: str, user_arn: str) -> list[Statement]:
         return {"StringLike": {"s3:prefix": [*patterns]}}
 
     return [
-        statement("Allow", "s3:GetObject", [f"{jobs}/{what}" for what in READABLE]),
-        statement("Allow", "s3:ListBucket", [bucket], Condition=prefix("jobs/*/log/*", "jobs/*/metrics/*")),
+        statement(
+            "Allow",
+            "s3:GetObject",
+            [
+                *(f"{jobs}/{what}" for what in READABLE),
+                *(f"{bucket}/{what}" for what in ("announced/*", "sites/*", f"answers/{site}/*")),
+            ],
+        ),
+        statement("Allow", "s3:ListBucket", [bucket], Condition=prefix(*LISTABLE)),
         statement("Allow", "s3:PutObject", [f"{jobs}/updates/{site}/*"]),
         statement("Deny", "s3:GetObject", [f"{jobs}/updates/*"]),
         statement("Deny", "s3:ListBucket", [bucket], Condition=prefix("jobs/*/updates/*")),

@@ -31,9 +31,10 @@ from federation.ids import NAME_PATTERN, UUID7_PATTERN
 from federation.jobs import Job, ModelRef
 from federation.types import Collected, Contribution, Evaluation, LogRecord, Published, Refusal
 from storage.blob import BlobStore
-from storage.jobs import MAX_OBJECT_BYTES, list_dead_letters, load_job
+from storage.jobs import list_dead_letters, load_job
 from storage.ledger import Ledger
 from storage.log import refusals, utc_now
+from storage.reading import MAX_OBJECT_BYTES
 from storage.readonly import ReadOnlyStore
 from storage.salvage import LogReader
 
@@ -42,6 +43,9 @@ V = TypeVar("V", bound=Value)
 _NAME, _ID = NAME_PATTERN[1:-2], UUID7_PATTERN[1:-2]
 _ANY_ID = re.compile(_ID)
 _KINDS = {  # what lies below jobs/<job>/<kind>/, besides the log
+    "invitations": re.compile(rf"{_NAME}\.json\Z"),
+    "members": re.compile(rf"{_NAME}\.json\Z"),
+    "releases": re.compile(rf"[0-9]{{10}}/(proposal\.json|answers/{_NAME}/[0-9]{{6}}\.json|bundle/[^/]+)\Z"),
     "metrics": re.compile(rf"[0-9]{{10}}/{_NAME}\.json\Z"),
     "models": re.compile(r"[0-9a-f]{64}(-[0-9a-z]+)?\.safetensors\Z"),
     "rejected": re.compile(rf"{_NAME}/{_ID}\.json\Z"),

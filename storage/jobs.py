@@ -4,21 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import TypeVar
 
 from federation import keys
-from federation.base import Value
-from federation.errors import AccessDenied, CorruptLog, NotFound, Rejected
+from federation.errors import AccessDenied, CorruptLog, NotFound
 from federation.jobs import Job
 from federation.types import DeadLetter, Evaluation, Refusal
 from storage.best import Best, best_of
 from storage.blob import BlobStore
-from storage.reading import confirm
-
-V = TypeVar("V", bound=Value)
-
-MAX_OBJECT_BYTES = 16 << 20
-"""None of these objects is ever near it."""
+from storage.reading import load_value
 
 
 def save_job(store: BlobStore, job: Job) -> bool:
@@ -31,7 +24,7 @@ def save_job(store: BlobStore, job: Job) -> bool:
 def load_job(store: BlobStore, job_id: str) -> Job:
     """Raises NotFound, CorruptLog if job.json is not one."""
     try:
-        return _load(store, keys.job_key(job_id), Job)
+        return load_value(store, keys.job_key(job_id), Job)
     except AccessDenied as exc:
         # A site's account gets this answer for a missing object, too; but it may list the log.
         if next(iter(store.list(keys.log_prefix(job_id))), None) is None:
@@ -76,14 +69,14 @@ def save_report(store: BlobStore, report: Evaluation) -> bool:
 def load_evaluation(store: BlobStore, job_id: str, version: int, who: str) -> Evaluation | None:
     """None if `who` has not measured this version."""
     try:
-        return _load(store, keys.metrics_key(job_id, version, who), Evaluation)
+        return load_value(store, keys.metrics_key(job_id, version, who), Evaluation)
     except NotFound:
         return None
 
 
 def list_evaluations(store: BlobStore, job_id: str) -> list[Evaluation]:
     """All measurements of a job's versions, by version, then by who measured."""
-    return [_load(store, key, Evaluation) for key in store.list(keys.metrics_prefix(job_id))]
+    return [load_value(store, key, Evaluation) for key in store.list(keys.metrics_prefix(job_id))]
 
 
 def best_version(store: BlobStore, job_id: str) -> Best | None:
@@ -104,7 +97,7 @@ def save_refusal(store: BlobStore, refusal: Refusal) -> None:
 def list_refusals(store: BlobStore, job_id: str) -> Iterator[Refusal]:
     """All refusals of a job, by site, then in the order in which the updates were named."""
     for key in store.list(keys.rejected_prefix(job_id)):
-        yield _load(store, key, Refusal)
+        yield load_value(store, key, Refusal)
 
 
 # A dead letter has a little log of its own, appended by put-if-absent: `<id>.json`, `<id>.1.json`, `<id>.2.json` …
@@ -180,17 +173,8 @@ def _newest_letters(store: BlobStore, letter_id: str = "") -> dict[str, int]:
 
 
 def _load_letter(store: BlobStore, letter_id: str, number: int) -> DeadLetter:
-    return _load(store, _letter_key(letter_id, number), DeadLetter)
+    return load_value(store, _letter_key(letter_id, number), DeadLetter)
 
 
 def _letter_key(letter_id: str, number: int) -> str:
     return keys.deadletter_key(f"{letter_id}.{number}" if number else letter_id)
-
-
-def _load(store: BlobStore, key: str, kind: type[V]) -> V:
-    data = store.get(key, max_bytes=MAX_OBJECT_BYTES)
-    try:
-        return kind.from_json(data)
-    except Rejected as exc:
-        confirm(store, key, data, MAX_OBJECT_BYTES)
-        raise CorruptLog(f"{key}: {exc}") from exc

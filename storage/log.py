@@ -43,6 +43,7 @@ from federation.types import (
     Published,
     Refusal,
     Refused,
+    RolledBack,
 )
 from storage.blob import BlobStore
 from storage.reading import confirm
@@ -238,6 +239,8 @@ def named(event: Event) -> set[str]:
         case Published():
             merged = {contribution.update.update_id for contribution in event.merged}
             return merged | {refusal.update.update_id for refusal in event.refused}
+        case RolledBack():
+            return {refusal.update.update_id for refusal in event.refused}
     return set()
 
 
@@ -246,6 +249,6 @@ def refusals(event: Event) -> tuple[Refusal, ...]:
     match event:
         case Refused():
             return (event.refusal,)
-        case Published():
+        case Published() | RolledBack():
             return event.refused
     return ()

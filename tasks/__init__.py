@@ -10,6 +10,12 @@ state.py        the server optimiser's state, stored beside the model
 tell.py         hints to the sites, after the log has it
 evaluate.py     fedqueue.evaluate_version  one version -> metrics on the held-out set (the only torch here)
 jobs.py         fedqueue.create_job        job description -> job.json and version 0
+requests.py     fedqueue.handle_request    what a site or an operator asks: done and answered
+members.py      which sites take part in a job
+steer.py        pause, resume, stop; promote, roll back, clear a quarantine
+closing.py      the end of a job
+oversee.py      fedqueue.oversee_jobs      what a job needs by the clock
+records.py      appending to a log what is no update
 report.py       fedqueue.record_report     what a site measured of a version -> the store
 deadletters.py  fedqueue.keep_dead_letter  what nobody could handle -> the store, with its reason
 retention.py    fedqueue.tend_jobs         publishes that are due, leftovers of closed jobs, retention

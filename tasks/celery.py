@@ -36,6 +36,8 @@ PUBLISH = "fedqueue.publish_version"
 EVALUATE = "fedqueue.evaluate_version"
 RECORD_REPORT = "fedqueue.record_report"
 CREATE_JOB = "fedqueue.create_job"
+HANDLE_REQUEST = "fedqueue.handle_request"
+OVERSEE_JOBS = "fedqueue.oversee_jobs"
 KEEP_DEAD_LETTER = "fedqueue.keep_dead_letter"
 TEND_JOBS = "fedqueue.tend_jobs"
 
@@ -44,6 +46,8 @@ ROUTING_KEYS = {
     PUBLISH: "merge.publish_version",
     RECORD_REPORT: "merge.record_report",
     CREATE_JOB: "merge.create_job",
+    HANDLE_REQUEST: "merge.handle_request",
+    OVERSEE_JOBS: "merge.oversee_jobs",
     KEEP_DEAD_LETTER: "merge.keep_dead_letter",
     TEND_JOBS: "merge.tend_jobs",
     EVALUATE: "evaluate.evaluate_version",
@@ -58,6 +62,8 @@ app.conf.include = [
     "tasks.evaluate",
     "tasks.report",
     "tasks.jobs",
+    "tasks.requests",
+    "tasks.oversee",
     "tasks.deadletters",
     "tasks.retention",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from broker.open import connect
 from broker.port import Broker
@@ -12,6 +13,7 @@ from federation.jobs import Job
 from federation.settings import Settings
 from storage.blob import BlobStore
 from storage.jobs import load_job
+from storage.liveness import Liveness, open_liveness
 from storage.log import VersionLog
 from storage.open import open_store
 from tasks.celery import Send, sender
@@ -27,6 +29,11 @@ class Context:
     send: Send
     _jobs: dict[str, Job] = field(default_factory=dict)
     _logs: dict[str, VersionLog] = field(default_factory=dict)
+
+    @cached_property
+    def liveness(self) -> Liveness:
+        """Which sites are alive. Connects at the first call."""
+        return open_liveness(self.settings)
 
     def job(self, job_id: str) -> Job:
         """job.json, read once: it never changes. Raises NotFound."""

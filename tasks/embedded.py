@@ -64,7 +64,7 @@ def _serve(settings: Settings, queues: Sequence[str], stop: Callable[[], bool]) 
     install(context)
     handlers: dict[str, Handler] = {name: task_handler(broker.publish) for name in queues}
     if topology.MERGE in queues:
-        stop = ingress.ticking(stop, context.send, settings.gc_every_s)
+        stop = ingress.ticking(stop, context.send, ingress.clock_tasks(settings))
         gate = ingress.Ingress(broker, open_liveness(settings), context.send, settings.heartbeat_ttl_s)
         handlers |= dict.fromkeys(ingress.QUEUES, gate.handle)
     try:

@@ -10,7 +10,8 @@ own. It publishes first, with confirm, and only then acknowledges; a crash in be
     fed.heartbeats   good: liveness.             bad, or liveness down: dropped, the next one comes in seconds
     fed.dead         task keep_dead_letter, which brings it to the store
 
-It is also the server's clock, because it runs always and in both modes: `ticking` asks for task tend_jobs.
+It is also the server's clock, because it runs always and in both modes: `ticking` asks for the tasks
+tend_jobs and oversee_jobs.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from broker import topology
 from broker.port import Broker
 from federation.errors import BadMessage, Transient
 from federation.points import Point, reach
+from federation.settings import Settings
 from federation.wire import Delivery, Message, decode_heartbeat
 from storage.liveness import Liveness
-from tasks.celery import KEEP_DEAD_LETTER, TEND_JOBS, Send
+from tasks.celery import KEEP_DEAD_LETTER, OVERSEE_JOBS, TEND_JOBS, Send
 from tasks.deadletters import dead_letter
 from tasks.site_messages import task_for
 
@@ -89,29 +91,35 @@ class Ingress:
 def ticking(
     stop: Callable[[], bool],
     send: Send,
-    every_s: float,
+    every_s: Mapping[str, float],
     clock: Callable[[], float] = time.monotonic,
 ) -> Callable[[], bool]:
-    """`stop`, which a consumer asks about once a second, made to ask for tend_jobs whenever that is due.
+    """`stop`, which a consumer asks about once a second, made to send each task of `every_s` whenever it is due.
 
     The times are jittered, so that several ingresses that start at once do not ask at once; that they all ask is
     harmless. While the broker is down it is tried again, some seconds apart.
     """
-    retry_s = min(FIRST_TICK_S, every_s)
-    due = clock() + random.uniform(0.5, 1.0) * retry_s
+    retry_s = {task: min(FIRST_TICK_S, seconds) for task, seconds in every_s.items()}
+    due = {task: clock() + random.uniform(0.5, 1.0) * seconds for task, seconds in retry_s.items()}
 
     def tick() -> bool:
-        nonlocal due
-        if clock() >= due:
+        for task, seconds in every_s.items():
+            if clock() < due[task]:
+                continue
             try:
-                send(TEND_JOBS, {})
-                due = clock() + random.uniform(0.9, 1.1) * every_s
+                send(task, {})
+                due[task] = clock() + random.uniform(0.9, 1.1) * seconds
             except Transient as exc:
-                log.warning("could not ask for %s: %s", TEND_JOBS, exc)
-                due = clock() + random.uniform(0.5, 1.0) * retry_s
+                log.warning("could not ask for %s: %s", task, exc)
+                due[task] = clock() + random.uniform(0.5, 1.0) * retry_s[task]
         return stop()
 
     return tick
+
+
+def clock_tasks(settings: Settings) -> dict[str, float]:
+    """What the ingress asks for by the clock: task -> every so many seconds."""
+    return {TEND_JOBS: settings.gc_every_s, OVERSEE_JOBS: settings.oversee_every_s}
 
 
 def _letter_json(delivery: Delivery) -> str:

@@ -12,13 +12,18 @@ from datetime import UTC, datetime
 from typing import Any
 
 from federation.errors import BadJob, BadPayload, NotFound
+from federation.governance import Announcement
 from federation.jobs import Job, JobSpec, ModelRef
 from federation.points import Point, reach
 from federation.types import Head, ModelVersion
+from federation.wire import JobAnnounced
+from storage.control import announce
 from storage.jobs import load_job, save_job
 from storage.models import load_model
 from tasks import celery
 from tasks.context import Context, current
+from tasks.members import first_hold
+from tasks.tell import hint
 
 log = logging.getLogger("fedqueue.jobs")
 
@@ -58,7 +63,10 @@ def create(context: Context, spec: JobSpec, initial: ModelRef, first: ModelRef) 
             raise BadJob(f"there is another job {spec.id!r}: choose another id")
         job = existing
     reach(Point.JOB_WRITTEN)
-    record = context.log(spec.id).create(Head(current=ModelVersion(version=0, model=first)))
+    head = Head(current=ModelVersion(version=0, model=first), hold=first_hold(job))
+    record = context.log(spec.id).create(head)
+    announce(store, Announcement(job=job.id, submitted_by=job.submitted_by, at=job.created_at))
+    hint(context, JobAnnounced(job=job.id))
     log.info("%s: created, %d tensors, %d bytes per update", job.id, len(exchanged.tensors), first.nbytes)
     if spec.evaluation.every and record.head.version == 0:
         context.send(celery.EVALUATE, {"job": job.id, "version": "0"})

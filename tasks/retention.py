@@ -24,15 +24,18 @@ from functools import partial
 from typing import Any
 
 from aggregator import decide, transitions
-from federation.errors import Conflict, FedqueueError, NotFound, Transient
+from federation.errors import FedqueueError, NotFound, Transient
+from federation.governance import Announcement
 from federation.jobs import Job
 from federation.keys import rejected_prefix
 from federation.settings import Settings
-from federation.types import SERVER, Refused
+from federation.types import SERVER
+from storage.control import announce
 from storage.jobs import list_jobs, load_evaluation, save_refusal
 from storage.log import refusals
 from storage.retention import History, Policy, Retention
 from tasks import celery
+from tasks.closing import refuse_leftovers
 from tasks.context import Context, current
 from tasks.publish import evaluation_due
 from tasks.tell import tell_refused
@@ -114,21 +117,12 @@ def tend(context: Context, retentions: dict[str, Retention], stop: Callable[[], 
 
 def _mend(context: Context, job: Job) -> None:
     """Nothing may wait for something that never comes."""
-    versions = context.log(job.id)
-    record = versions.head()
-    if decide.wants_publish(job.spec, record.head):
+    announce(
+        context.store, Announcement(job=job.id, submitted_by=job.submitted_by, at=job.created_at)
+    )  # a worker may have died before it did, and releases before this one did not
+    if decide.wants_publish(job.spec, context.log(job.id).head().head):
         context.send(celery.PUBLISH, {"job": job.id})
-    while left := decide.leftovers(record.head):
-        refusal = left[0]
-        try:
-            head = transitions.refuse(job.spec, record.head, refusal)
-            record = versions.append(record, Refused(refusal=refusal), head)
-        except Conflict:
-            record = versions.head()
-            continue
-        log.warning("%s: refused %s, which waited in a closed job", job.id, refusal.update.update_id)
-        save_refusal(context.store, refusal)
-        tell_refused(context, refusal)
+    refuse_leftovers(context, job)
 
 
 def _collect(context: Context, job: Job, retentions: dict[str, Retention], stop: Callable[[], bool]) -> None:

@@ -8,7 +8,7 @@ from broker import topology
 from federation.errors import BadMessage, BrokerUnavailable
 from federation.jobs import Job
 from federation.types import Head, Published, Refusal
-from federation.wire import JobClosed, NewVersion, Outcome, encode_control
+from federation.wire import Control, JobChanged, JobClosed, NewVersion, Outcome, encode_control
 from tasks.context import Context
 
 log = logging.getLogger("fedqueue.tell")
@@ -16,7 +16,7 @@ log = logging.getLogger("fedqueue.tell")
 
 def tell_published(context: Context, job: Job, event: Published, head: Head) -> None:
     """The new version to all, and to each contributor that its update is in."""
-    _hint(context, NewVersion(job=job.id, version=head.version))
+    hint(context, NewVersion(job=job.id, version=head.version))
     for contribution in event.merged:
         outcome = Outcome(
             job=job.id,
@@ -26,7 +26,7 @@ def tell_published(context: Context, job: Job, event: Published, head: Head) -> 
             staleness=contribution.staleness,
             weight=contribution.weight,
         )
-        _hint(context, outcome, contribution.update.site)
+        hint(context, outcome, contribution.update.site)
 
 
 def tell_refused(context: Context, refusal: Refusal) -> None:
@@ -38,14 +38,20 @@ def tell_refused(context: Context, refusal: Refusal) -> None:
         reason=refusal.reason,
         message=refusal.message[:1000],
     )
-    _hint(context, outcome, refusal.update.site)
+    hint(context, outcome, refusal.update.site)
 
 
 def tell_closed(context: Context, job: Job, reason: str) -> None:
-    _hint(context, JobClosed(job=job.id, reason=reason))
+    hint(context, JobClosed(job=job.id, reason=reason))
 
 
-def _hint(context: Context, control: NewVersion | Outcome | JobClosed, to: str = "all") -> None:
+def tell_changed(context: Context, job: Job) -> None:
+    """Held, resumed, rolled back, in quarantine or out of it."""
+    hint(context, JobChanged(job=job.id))
+
+
+def hint(context: Context, control: Control, to: str = "all") -> None:
+    """Send `control` to a site, or to all of them; that nobody hears it is no failure."""
     try:
         context.broker.publish(topology.CONTROL_EXCHANGE, encode_control(control, to))
     except BadMessage:

@@ -122,6 +122,7 @@ def test_the_body_is_plain_json_of_the_protocol() -> None:
         "payload_sha256": "ab" * 32,
         "payload_bytes": 860_000,
         "metrics": {"loss": 1.5},
+        "transfer": None,
         "created_at": "2026-01-02T03:04:05Z",
     }
 

@@ -938,7 +938,7 @@ def test_the_ingress_asks_soon_after_its_start_and_then_regularly() -> None:
         sent.append((name, dict(arguments), now[0]))
 
     stopped = False
-    tick = ticking(lambda: stopped, send, every_s=3600.0, clock=lambda: now[0])
+    tick = ticking(lambda: stopped, send, every_s={celery.TEND_JOBS: 3600.0}, clock=lambda: now[0])
 
     def run(seconds: int) -> list[float]:
         sent.clear()
@@ -963,7 +963,9 @@ def test_the_ingress_asks_soon_after_its_start_and_then_regularly() -> None:
 
 def test_the_shortest_interval_holds_for_the_first_time_too() -> None:
     now, sent = [0.0], []
-    tick = ticking(lambda: False, lambda *task: sent.append(task), every_s=0.5, clock=lambda: now[0])
+    tick = ticking(
+        lambda: False, lambda *task: sent.append(task), every_s={celery.TEND_JOBS: 0.5}, clock=lambda: now[0]
+    )
     now[0] = 0.5
     tick()
     assert len(sent) == 1
