@@ -1,9 +1,9 @@
 """Accounts of the broker: what each may do, and the definitions file that creates them.
 
-A site can write updates, reports, requests and heartbeats under its own name and read its own control queue.
-It can declare, bind and delete nothing, so its queue is the server's to create. The broker checks two regular expressions per
-operation, one on the exchange or queue and, on a topic exchange, one on the routing key; where no topic
-permission is stored for an exchange, every key is allowed, which is why the first one must name one exchange.
+A site can write updates, reports, requests and heartbeats under its own name and read its own control queue. It
+can declare, bind and delete nothing, so its queue is the server's to create. The broker checks two regular
+expressions per operation, one on the exchange or queue and, on a topic exchange, one on the routing key; where no
+topic permission is stored for an exchange, every key is allowed, which is why the first one must name one exchange.
 
     rabbitmqctl import_definitions FILE        into a running broker; existing passwords are replaced
     load_definitions = FILE                    in rabbitmq.conf, at start

@@ -1,7 +1,7 @@
 """Exchanges, queues and keys: the one place that names them. Both brokers build what is described here.
 
     exchange       kind    who publishes                             key
-    fed.updates    topic   sites                                     <what>.<site>: updates, reports, requests, heartbeats
+    fed.updates    topic   sites                                     updates, reports, requests, heartbeats: .<site>
     fed.control    topic   server                                    all.<what>, <site>.<what>
     fed.tasks      topic   server: ingress and tasks                 merge.<task>, evaluate.<task>
     fed.dead       topic   broker (dead letters), ingress            the key that the message had
