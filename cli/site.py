@@ -146,7 +146,7 @@ def list_sites(live_url: LiveUrl = None) -> None:
     """
     settings = load(live_url=live_url)
     try:
-        statuses = sorted(open_liveness(settings).sites(), key=lambda status: status.site)
+        statuses = [seen.status for seen in open_liveness(settings).sites()]
     except FedqueueError as exc:
         fail(exc)
     table = Table(

@@ -123,7 +123,6 @@ def ingress(broker_url: BrokerUrl = None, live_url: LiveUrl = None) -> None:
             connect(settings, keep_open=True, server=True),
             open_liveness(settings),
             send_celery,
-            settings.heartbeat_ttl_s,
         )
         gate.run(ticking(stop_on_signals().is_set, send_celery, clock_tasks(settings)))
     except FedqueueError as exc:

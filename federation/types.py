@@ -69,8 +69,35 @@ class ClientUpdate(Value):
         return self
 
 
+class Gpu(Value):
+    """The graphics processor that a site computes on. Figures of the whole device, other programs included."""
+
+    name: str = Field(max_length=64)
+    memory_used_bytes: int = Field(ge=0, le=2**60)
+    memory_total_bytes: int = Field(ge=1, le=2**60)
+    busy: float | None = Field(default=None, ge=0, le=1, description="share of the time that it computes")
+
+
+class Machine(Value):
+    """How busy a site's computer is. What its system does not tell is None."""
+
+    load: float | None = Field(default=None, ge=0, le=1e6, description="load average over one minute")
+    cores: int | None = Field(default=None, ge=1, le=2**20, description="CPU cores that the site may use")
+    cpu: float | None = Field(
+        default=None, ge=0, le=1, description="share of all CPU time in use since the last heartbeat"
+    )
+    memory_used_bytes: int | None = Field(default=None, ge=0, le=2**60)
+    memory_total_bytes: int | None = Field(default=None, ge=1, le=2**60)
+    gpu: Gpu | None = None
+
+    @property
+    def load_per_core(self) -> float | None:
+        """Above 1 there is more to do than the cores can."""
+        return None if self.load is None or self.cores is None else self.load / self.cores
+
+
 class SiteStatus(Value):
-    """One heartbeat. Disposable: it feeds the view of connected sites, nothing is decided by it."""
+    """One heartbeat. Disposable: it feeds the view of sites, and whom to invite is chosen by it; what counts is not."""
 
     schema_version: Literal[1] = 1
     site: Name
@@ -95,7 +122,8 @@ class SiteStatus(Value):
     )
     problem_at: AwareDatetime | None = None
     agent_version: str = Field(default="", max_length=32)
-    at: AwareDatetime
+    machine: Machine | None = None
+    at: AwareDatetime = Field(description="by the site's own clock")
 
 
 # --- what the log says ---------------------------------------------------------------------------------

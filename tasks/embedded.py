@@ -65,7 +65,7 @@ def _serve(settings: Settings, queues: Sequence[str], stop: Callable[[], bool]) 
     handlers: dict[str, Handler] = {name: task_handler(broker.publish) for name in queues}
     if topology.MERGE in queues:
         stop = ingress.ticking(stop, context.send, ingress.clock_tasks(settings))
-        gate = ingress.Ingress(broker, open_liveness(settings), context.send, settings.heartbeat_ttl_s)
+        gate = ingress.Ingress(broker, open_liveness(settings), context.send)
         handlers |= dict.fromkeys(ingress.QUEUES, gate.handle)
     try:
         broker.consume(list(handlers), lambda delivery: handlers[delivery.queue](delivery), stop)

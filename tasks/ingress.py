@@ -50,7 +50,6 @@ class Ingress:
     broker: Broker
     liveness: Liveness
     send: Send
-    heartbeat_ttl_s: float
 
     def run(self, stop: Callable[[], bool]) -> None:
         """Work until `stop()`. Outages are waited out."""
@@ -81,7 +80,7 @@ class Ingress:
 
     def _heartbeat(self, delivery: Delivery) -> None:
         try:
-            self.liveness.beat(decode_heartbeat(delivery), self.heartbeat_ttl_s)
+            self.liveness.beat(decode_heartbeat(delivery))
         except BadMessage as exc:
             log.warning("%s: heartbeat dropped: %s", delivery.routing_key, exc)
         except Transient as exc:

@@ -105,7 +105,6 @@ def _run(
     from cli.demo.report import report
     from cli.job import submit
     from storage.jobs import load_job
-    from storage.liveness import open_liveness
     from storage.models import load_full_model
     from storage.open import open_store
     from storage.tensors import encode
@@ -126,7 +125,7 @@ def _run(
         started = time.monotonic()
         deployment.start_sites(processes, data, spec.id)
         job = load_job(store, spec.id)
-        watched = watch(job, store, open_liveness(settings), processes, list(data.sites))
+        watched = watch(job, store, settings, processes, list(data.sites))
         seconds["federation"] = time.monotonic() - started
     model = load_full_model(store, job, watched.records[-1].head.current.model)
     (folder / "model.safetensors").write_bytes(encode(model))

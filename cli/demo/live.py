@@ -15,10 +15,11 @@ from cli.demo.processes import Processes
 from cli.options import console
 from federation.errors import Fatal
 from federation.jobs import Job
+from federation.settings import Settings
 from federation.types import SERVER, Evaluation, LogRecord, Published, SiteStatus
 from storage.blob import BlobStore
 from storage.jobs import list_evaluations
-from storage.liveness import Liveness
+from storage.liveness import open_liveness
 from storage.log import VersionLog
 
 MAP_50 = "mAP@0.5"
@@ -53,9 +54,10 @@ class Watched:
                     self.last_staleness[site] = contribution.staleness
 
 
-def watch(job: Job, store: BlobStore, liveness: Liveness, processes: Processes, sites: list[str]) -> Watched:
+def watch(job: Job, store: BlobStore, settings: Settings, processes: Processes, sites: list[str]) -> Watched:
     """Show the job until it is closed, its last version is measured and the sites have ended."""
-    log = VersionLog(store, job.id)
+    log, liveness = VersionLog(store, job.id), open_liveness(settings)
+    beats = settings.heartbeat_s, settings.heartbeat_ttl_s
     watched = Watched(job, list(log.history()))
     began = time.monotonic()
     closed_at: float | None = None
@@ -64,7 +66,8 @@ def watch(job: Job, store: BlobStore, liveness: Liveness, processes: Processes, 
             processes.check()
             watched.add(log.follow(watched.records[-1].seq))
             _evaluations(watched, store, live)
-            statuses = {status.site: status for status in liveness.sites()}
+            there = (seen for seen in liveness.sites() if seen.condition(*beats) != "gone")
+            statuses = {seen.status.site: seen.status for seen in there}
             live.update(_view(watched, statuses, sites, time.monotonic() - began))
             if watched.closed:
                 closed_at = closed_at or time.monotonic()

@@ -19,7 +19,7 @@ import pytest
 from federation.errors import Transient
 from storage.liveness import open_liveness
 from tests.chaos import accounting, report
-from tests.chaos.deployment import INGRESSES, JOB, SITES, WORKERS, Deployment, deployment
+from tests.chaos.deployment import INGRESSES, JOB, SITE_SETTINGS, SITES, WORKERS, Deployment, deployment
 from tests.chaos.killer import Killer
 from tests.chaos.plan import OUTAGES, plan
 from tests.integration.servers import ROOT, until
@@ -112,10 +112,12 @@ def untold(its: Deployment) -> list[str]:
 
 def missing_heartbeats(its: Deployment) -> list[str]:
     try:
-        seen = {status.site for status in open_liveness(its.server.settings).sites()}
+        sites = open_liveness(its.server.settings).sites()
     except Transient:
         return ["Redis"]
-    return [f"heartbeats of {name}" for name in its.sites if name not in seen]
+    beats = SITE_SETTINGS["heartbeat_s"], SITE_SETTINGS["heartbeat_ttl_s"]
+    connected = {seen.status.site for seen in sites if seen.condition(*beats) == "connected"}
+    return [f"heartbeats of {name}" for name in its.sites if name not in connected]
 
 
 def waited(limit_s: float, left: Callable[[], list[str]], what: str) -> Iterator[str]:

@@ -333,7 +333,7 @@ def test_redis_away_and_back(deployment: Deployment, tmp_path: Path) -> None:
     liveness = open_liveness(server.settings)
 
     def alive() -> list[str]:
-        return [status.site for status in liveness.sites() if status.job == backlog.job]
+        return [seen.status.site for seen in liveness.sites() if seen.status.job == backlog.job]
 
     site = site_process(server, tmp_path, backlog.job, seconds=600.0, heartbeat_s="0.2")
     site.start("agent")

@@ -89,7 +89,8 @@ def test_a_site_written_from_the_protocol_is_merged_and_seen(
     assert measured.per_class == {"mAP@0.5": {"thing": 0.5}}
 
     def beats() -> list[str]:
-        return [s.detail for s in open_liveness(server.settings).sites() if s.site == SITE]
+        seen = (seen.status for seen in open_liveness(server.settings).sites())
+        return [status.detail for status in seen if status.site == SITE]
 
     until("the heartbeat", lambda: beats() == ["written from the protocol alone"])
 

@@ -91,8 +91,8 @@ def test_the_list_of_sites_shows_what_went_wrong_in_their_training(tmp_path: Pat
     at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
     problem = "out-of-memory: lower the plan's batch_size [16]"
     bad = SiteStatus(site="south", state="waiting", dropped=3, problem=problem, problem_at=at, at=at)
-    live.beat(bad, 60)
-    live.beat(SiteStatus(site="north", state="training", at=at), 60)
+    live.beat(bad)
+    live.beat(SiteStatus(site="north", state="training", at=at))
     result = CliRunner().invoke(
         app, ["site", "list", "--live-url", f"file:{tmp_path}"], env={"COLUMNS": "200"}
     )

@@ -15,7 +15,7 @@ from broker.sqlite import SqliteBroker
 from federation.errors import BrokerUnavailable, StoreUnavailable
 from federation.types import ClientUpdate, DeadLetter, SiteStatus
 from federation.wire import Delivery, Message, encode_heartbeat, encode_update
-from storage.liveness import FolderLiveness
+from storage.liveness import FolderLiveness, Seen
 from tasks.celery import ACCEPT, KEEP_DEAD_LETTER
 from tasks.deadletters import MAX_KEPT_BYTES, dead_letter
 from tasks.ingress import Ingress
@@ -38,7 +38,7 @@ class Gate:
 
     @property
     def ingress(self) -> Ingress:
-        return Ingress(self.broker, FolderLiveness(self.live), self.send, heartbeat_ttl_s=60)
+        return Ingress(self.broker, FolderLiveness(self.live), self.send)
 
     def letters(self) -> list[DeadLetter]:
         return [DeadLetter.from_json(a["letter"]) for name, a in self.sent if name == KEEP_DEAD_LETTER]
@@ -139,21 +139,21 @@ def test_heartbeats_reach_liveness_and_bad_ones_harm_nobody(gate: Gate) -> None:
     gate.ingress.handle(replace(beat, user_id="site-b"))
     assert FolderLiveness(gate.live).sites() == []
     gate.ingress.handle(beat)
-    assert FolderLiveness(gate.live).sites() == [status]
+    assert [seen.status for seen in FolderLiveness(gate.live).sites()] == [status]
 
 
 class DeadLiveness:
     """A Redis that is down."""
 
-    def beat(self, status: SiteStatus, ttl_s: float) -> None:
+    def beat(self, status: SiteStatus) -> None:
         raise StoreUnavailable("redis is down")
 
-    def sites(self) -> list[SiteStatus]:
+    def sites(self) -> list[Seen]:
         raise StoreUnavailable("redis is down")
 
 
 def test_without_liveness_heartbeats_are_dropped_and_updates_go_on(gate: Gate) -> None:
-    ingress = Ingress(gate.broker, DeadLiveness(), gate.send, heartbeat_ttl_s=60)
+    ingress = Ingress(gate.broker, DeadLiveness(), gate.send)
     status = SiteStatus(site="site-a", state="idle", at=datetime.now(UTC))
     ingress.handle(delivery(encode_heartbeat(status, 60), topology.HEARTBEATS))
     ingress.handle(delivery(encode_update(client_update())))

@@ -54,7 +54,7 @@ class Server:
         self.broker = self.connect()
         self.broker.declare(SITES)
         self.context = Context(Settings(), self.store, self.broker, self.send)
-        self.gate = Ingress(self.broker, FolderLiveness(folder / "live"), self.send, heartbeat_ttl_s=60)
+        self.gate = Ingress(self.broker, FolderLiveness(folder / "live"), self.send)
         self.received: list[str] = []
         ref = save_model(self.store, "toy", from_arrays(toy_arrays()))
         extra = {"head.weight": toy_arrays()["norm.bias"]}
