@@ -10,6 +10,7 @@
     predict   detection in files         draw     pictures for people       presets  plans known to work
     frames    images and videos          results  predictions.json
     recheck   images harmed since        threads  device, threads, memory
+    gpu       a GPU's memory
     held_out  what is never trained on   voc      VOC2010's precision       statistics what `data check` counts
     scenery   generated street views     scenes   and data sets of them
 

@@ -75,14 +75,13 @@ class Gpu(Value):
     name: str = Field(max_length=64)
     memory_used_bytes: int = Field(ge=0, le=2**60)
     memory_total_bytes: int = Field(ge=1, le=2**60)
-    busy: float | None = Field(default=None, ge=0, le=1, description="share of the time that it computes")
 
 
 class Machine(Value):
     """How busy a site's computer is. What its system does not tell is None."""
 
     load: float | None = Field(default=None, ge=0, le=1e6, description="load average over one minute")
-    cores: int | None = Field(default=None, ge=1, le=2**20, description="CPU cores that the site may use")
+    cores: int | None = Field(default=None, ge=1, le=2**20, description="CPU cores of the computer")
     cpu: float | None = Field(
         default=None, ge=0, le=1, description="share of all CPU time in use since the last heartbeat"
     )

@@ -11,6 +11,7 @@ follow.py             what the job's log says: newest version, what became of ou
 local.py              from a stored version to weights and back to a payload (norm policy, differences)
 offline.py            versions to predict with, also while the store is away
 heartbeat.py          tells the server what this site is doing
+machine.py            ... and how busy its computer is
 backoff.py            how long to wait after a failure
 niceness.py           giving way to other programs
 """

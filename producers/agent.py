@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from broker import topology
 from broker.port import Broker
+from detection.gpu import gpu_figures
 from federation.errors import (
     AccessDenied,
     BadMessage,
@@ -43,6 +45,7 @@ from producers.evaluation import LocalEvaluation
 from producers.follow import Follower
 from producers.heartbeat import Heartbeat
 from producers.local import LocalModel
+from producers.machine import MachineGauge
 from producers.outbox import Outbox
 from storage.blob import BlobStore
 from storage.jobs import load_job
@@ -134,7 +137,10 @@ class SiteAgent:
         self._courier = Courier(self._outbox, store, self._broker)
         self._follower = Follower(VersionLog(store, job_id), self._outbox)
         self._backoff = Backoff(settings.backoff_limit_s)
-        self._heartbeat = Heartbeat(self.site, connect, settings.heartbeat_s, settings.heartbeat_ttl_s)
+        gauge = MachineGauge(partial(gpu_figures, settings.device))
+        self._heartbeat = Heartbeat(
+            self.site, connect, settings.heartbeat_s, settings.heartbeat_ttl_s, gauge.read
+        )
         self._heartbeat.update(job=job_id, agent_version=agent_version)
         self._attempts: dict[int, int] = {}
         self._failed_attempts = 0

@@ -15,7 +15,7 @@ from typing import Any
 from broker import topology
 from broker.port import Broker
 from federation.errors import FedqueueError
-from federation.types import SiteStatus
+from federation.types import Machine, SiteStatus
 from federation.wire import encode_heartbeat
 
 log = logging.getLogger("fedqueue.site")
@@ -24,9 +24,17 @@ log = logging.getLogger("fedqueue.site")
 class Heartbeat:
     """The status of a site, and the thread that sends it. A context manager."""
 
-    def __init__(self, site: str, connect: Callable[[], Broker], every_s: float, ttl_s: float) -> None:
+    def __init__(
+        self,
+        site: str,
+        connect: Callable[[], Broker],
+        every_s: float,
+        ttl_s: float,
+        machine: Callable[[], Machine | None] = lambda: None,
+    ) -> None:
+        """`machine` tells how busy the computer is; it is called for each heartbeat, in the thread."""
         self._status = SiteStatus(site=site, state="idle", at=datetime.now(UTC))
-        self._connect, self._every_s, self._ttl_s = connect, every_s, ttl_s
+        self._connect, self._every_s, self._ttl_s, self._machine = connect, every_s, ttl_s, machine
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
@@ -64,7 +72,8 @@ class Heartbeat:
             broker.close()
 
     def _send(self, broker: Broker) -> None:
+        status = self.status.model_copy(update={"machine": self._machine()})
         try:
-            broker.publish(topology.UPDATES_EXCHANGE, encode_heartbeat(self.status, self._ttl_s))
+            broker.publish(topology.UPDATES_EXCHANGE, encode_heartbeat(status, self._ttl_s))
         except FedqueueError as exc:
             log.debug("heartbeat not sent: %s", exc)
