@@ -115,7 +115,6 @@ def publish(
             "pending": tuple(c for c in head.pending if c.update.update_id not in gone),
             "remembered": remembered,
             "remembered_from": remembered_from,
-            "abandoned": _still_reachable(spec, current.version, head.abandoned),
             "closed": closed,
         }
     )
@@ -140,22 +139,28 @@ def resume(head: Head) -> Head:
 
 
 def quarantine(head: Head, version: int, reason: str, offered: ModelVersion) -> Head:
-    """`version` failed its gate, so it and all that was made from it is not offered: `offered`, an older one, is.
+    """`version` failed its gate, so it and all that was made after it is not offered: `offered`, an older one, is.
 
-    A version that fails later than another one before it changes nothing: the first has to be decided on.
+    One that lies in quarantine already is not put there again: the first has to be decided on. Nor is one that was
+    cleared, or one before it.
     """
     if not offered.version < version <= head.version:
         raise ValueError(
             f"version {offered.version} cannot be offered instead of {version} of {head.version}"
         )
-    if head.quarantine is not None and head.quarantine.version <= version:
-        return head
+    if any(head.withdrawn(number) for number in (version, offered.version)):
+        raise ValueError(f"version {version} or {offered.version} is withdrawn already")
+    if head.cleared and version <= head.cleared[-1]:
+        raise ValueError(f"version {version} is not after {head.cleared[-1]}, which was cleared")
     return head.model_copy(update={"quarantine": Quarantine(version=version, reason=reason, offered=offered)})
 
 
 def clear(head: Head) -> Head:
-    """The quarantined version is good after all."""
-    return head.model_copy(update={"quarantine": None})
+    """The quarantined version is good after all, and what is like it: the gate measures from it on."""
+    if head.quarantine is None:
+        raise ValueError("no version is in quarantine")
+    cleared = (*head.cleared, head.quarantine.version)
+    return head.model_copy(update={"quarantine": None, "cleared": cleared})
 
 
 def promote(head: Head, version: ModelVersion) -> Head:
@@ -174,6 +179,8 @@ def roll_back(spec: JobSpec, head: Head, to: ModelVersion, refused: Sequence[Ref
         raise ValueError(f"the job is closed ({head.closed}): it makes no version any more")
     if not to.version < head.version:
         raise ValueError(f"version {to.version} is not older than the newest, {head.version}")
+    if head.quarantine is not None and to.version >= head.quarantine.version:
+        raise ValueError(f"version {to.version} is in quarantine, as version {head.quarantine.version} is")
     current = to.model_copy(update={"version": head.version + 1})
     gone = {refusal.update.update_id for refusal in refused}
     line = AbandonedLine(first=to.version + 1, last=head.version)
@@ -191,22 +198,18 @@ def roll_back(spec: JobSpec, head: Head, to: ModelVersion, refused: Sequence[Ref
             "pending": tuple(c for c in head.pending if c.update.update_id not in gone),
             "remembered": remembered,
             "remembered_from": remembered_from,
-            "abandoned": _still_reachable(spec, current.version, (*head.abandoned, line)),
+            "abandoned": _with_line(head.abandoned, line),
             "quarantine": None,
+            "cleared": tuple(version for version in head.cleared if version <= to.version),
         }
     )
 
 
-def _still_reachable(
-    spec: JobSpec, version: int, lines: Sequence[AbandonedLine]
-) -> tuple[AbandonedLine, ...]:
-    """Without those whose every version is too old to be trained from, and those that lie in another."""
-    kept = [line for line in lines if not is_forgettable(spec, version, line.last)]
-    return tuple(
-        line
-        for line in kept
-        if not any(line != other and other.first <= line.first and line.last <= other.last for other in kept)
-    )
+def _with_line(lines: Sequence[AbandonedLine], line: AbandonedLine) -> tuple[AbandonedLine, ...]:
+    """`line` ends with the newest version, so it swallows the lines that it touches."""
+    first = min([other.first for other in lines if other.last >= line.first - 1], default=line.first)
+    before = tuple(other for other in lines if other.last < line.first - 1)
+    return (*before, AbandonedLine(first=min(first, line.first), last=line.last))
 
 
 def _ids(event: Published) -> set[str]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from cli.options import JobId, StoreUrl, console, fail, load
 from cli.predict import pull_version
 from federation.errors import FedqueueError
-from producers.offline import LATEST, check_wanted
+from storage.channels import LATEST, check_wanted
 from storage.files import replace_durably
 
 
@@ -19,7 +19,8 @@ def export(
     job: JobId,
     onnx: Annotated[Path, typer.Option(envvar="FEDQUEUE_CLI_ONNX", help="the ONNX file to write")],
     version: Annotated[
-        str, typer.Option(envvar="FEDQUEUE_CLI_VERSION", help="latest, best (as measured), or a number")
+        str,
+        typer.Option(envvar="FEDQUEUE_CLI_VERSION", help="latest, best (as measured), stable, or a number"),
     ] = LATEST,
     store_url: StoreUrl = None,
 ) -> None:

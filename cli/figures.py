@@ -13,8 +13,9 @@ from rich.table import Table
 from cli.options import JobArgument, StoreUrl, chosen_store, console, fail
 from federation.errors import FedqueueError, NotFound
 from federation.jobs import JobSpec
-from federation.types import SERVER, Evaluation
+from federation.types import SERVER, Evaluation, Head
 from storage.best import Best, best_of
+from storage.channels import BEST, LATEST, STABLE, best_version
 from storage.jobs import list_evaluations, list_jobs, load_job
 
 MAX_COLUMNS = 3
@@ -26,20 +27,20 @@ class Figures:
     """A job's measurements of one metric: version -> who -> Evaluation."""
 
     metric: str
-    newest: int
+    head: Head
     best: Best | None
     measured: dict[int, dict[str, Evaluation]]
 
     @classmethod
-    def of(cls, spec: JobSpec, newest: int, evaluations: Iterable[Evaluation]) -> Figures:
-        """`newest`: the job's newest version."""
+    def of(cls, spec: JobSpec, head: Head, evaluations: Iterable[Evaluation]) -> Figures:
+        """`head`: the job's newest."""
         metric = spec.evaluation.metric
         measured: dict[int, dict[str, Evaluation]] = {}
         for evaluation in evaluations:
             if metric in evaluation.metrics:
                 measured.setdefault(evaluation.version, {})[evaluation.who] = evaluation
-        best = best_of([e for by in measured.values() for e in by.values()], metric)
-        return cls(metric, newest, best, measured)
+        good = [e for by in measured.values() for e in by.values() if not head.withdrawn(e.version)]
+        return cls(metric, head, best_of(good, metric), measured)
 
     @property
     def who(self) -> list[str]:
@@ -66,8 +67,14 @@ class Figures:
         return [_mean(self.measured.get(version, {}), names, self.metric) for _, names in self._columns]
 
     def mark(self, version: int) -> str:
-        marks = ["best"] if self.best is not None and self.best.version == version else []
-        return ", ".join([*marks, *(["newest"] if version == self.newest else [])])
+        """What a version is: the channels that lead to it, and why none should."""
+        marks = {
+            BEST: self.best is not None and self.best.version == version,
+            LATEST: self.head.offered.version == version,
+            STABLE: self.head.stable is not None and self.head.stable.version == version,
+        }
+        withdrawn = self.head.withdrawn(version)
+        return ", ".join([*(mark for mark, is_so in marks.items() if is_so), *filter(None, [withdrawn])])
 
 
 def _mean(by: dict[str, Evaluation], names: list[str], metric: str) -> str:
@@ -105,6 +112,7 @@ def metrics(
     try:
         spec = load_job(store, job).spec
         evaluations = list_evaluations(store, job)
+        best = best_version(store, job)
     except NotFound:
         fail(f"there is no job {job!r}; there are: {', '.join(list_jobs(store)) or 'none'}")
     except FedqueueError as exc:
@@ -121,7 +129,6 @@ def metrics(
     known = sorted({name for e in found for name in (*e.metrics, *e.per_class)})
     if metric not in known:
         fail(f"nobody has measured {metric!r} of version {shown}; measured are: {', '.join(known)}")
-    best = best_of(evaluations, spec.evaluation.metric)
     console.print(f"[bold]{job}[/]  version {shown}", highlight=False)
     if best is not None:
         by = "the server" if best.who == (SERVER,) else f"the mean of {', '.join(best.who)}"

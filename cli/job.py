@@ -148,7 +148,7 @@ def status(job: JobArgument, store_url: StoreUrl = None) -> None:
         f"version {head.version} of {the_job.spec.stop.max_versions}, {len(head.pending)} updates waiting"
     )
     console.print(f"closed: {head.closed}" if head.closed else "open")
-    figures = Figures.of(the_job.spec, head.version, evaluations)
+    figures = Figures.of(the_job.spec, head, evaluations)
     if figures.measured:
         measured = Table("version", "", *figures.headings(), box=None)
         best = {figures.best.version} if figures.best is not None else set()

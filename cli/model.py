@@ -42,7 +42,7 @@ def list_versions(job: JobArgument, store_url: StoreUrl = None) -> None:
         with console.status("reading the log"):
             spec = load_job(store, job).spec
             records = list(VersionLog(store, job).history())
-            figures = Figures.of(spec, records[-1].head.version, list_evaluations(store, job))
+            figures = Figures.of(spec, records[-1].head, list_evaluations(store, job))
     except (FedqueueError, NotFound) as exc:
         fail(exc)
     table = Table("version", "", "made (UTC)", "updates", *figures.headings(), "bytes", "sha256", box=None)

@@ -18,8 +18,9 @@ from cli.inputs import Input, find_inputs
 from cli.options import JobId, StoreUrl, console, errors, fail, load
 from federation.errors import BadDataset, FedqueueError, StoreUnavailable
 from federation.settings import Settings, env_name
-from producers.offline import OfflineModels, Pulled, check_wanted
+from producers.offline import OfflineModels, Pulled
 from storage.blob import BlobStore
+from storage.channels import check_wanted
 from storage.open import local_path, open_store
 
 if TYPE_CHECKING:
@@ -44,7 +45,9 @@ def predict(
     version: Annotated[
         str,
         typer.Option(
-            envvar="FEDQUEUE_CLI_VERSION", callback=_wanted, help="latest, best (as measured), or a number"
+            envvar="FEDQUEUE_CLI_VERSION",
+            callback=_wanted,
+            help="latest, best (as measured), stable, or a number",
         ),
     ] = "latest",
     out: Annotated[Path, typer.Option(envvar="FEDQUEUE_CLI_OUT", help="folder for pictures and JSON")] = Path(

@@ -204,9 +204,10 @@ class Quarantined(Value):
 
 
 class Cleared(Value):
-    """Somebody has decided that the quarantined version is good."""
+    """Somebody has decided that quarantined version `version` is good. The gate measures from it on."""
 
     type: Literal["cleared"] = "cleared"
+    version: int = Field(ge=1, le=MAX_VERSION)
     by: Name = SERVER
 
 
@@ -229,6 +230,9 @@ class RolledBack(Value):
     reason: str = Field(default="", max_length=200)
     by: Name = SERVER
     refused: tuple[Refusal, ...] = ()
+    request_id: UpdateId | None = Field(
+        default=None, description="by which the same request, delivered again, is known"
+    )
 
 
 class Collected(Value):
@@ -307,7 +311,12 @@ class Head(Value):
     )
     quarantine: Quarantine | None = None
     stable: ModelVersion | None = Field(default=None, description="the version that was promoted last")
-    abandoned: tuple[AbandonedLine, ...] = ()
+    abandoned: tuple[AbandonedLine, ...] = Field(
+        default=(), description="every version that was ever rolled back, in order; lines that touch are one"
+    )
+    cleared: tuple[int, ...] = Field(
+        default=(), description="versions that failed the gate and were found good, in order"
+    )
 
     @property
     def version(self) -> int:
@@ -326,6 +335,14 @@ class Head(Value):
         if self.quarantine is not None:
             return f"version {self.quarantine.version} is in quarantine: {self.quarantine.reason}"
         return self.hold
+
+    def withdrawn(self, version: int) -> str | None:
+        """Why `version` is not to be used, so that neither `latest` nor `best` means it; None: nothing against it."""
+        if any(line.first <= version <= line.last for line in self.abandoned):
+            return "rolled back"
+        if self.quarantine is not None and version >= self.quarantine.version:
+            return "in quarantine"
+        return None
 
 
 class LogRecord(Value):

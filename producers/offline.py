@@ -3,8 +3,8 @@
     <cache>/<store>/<job>/known.json             the job, and what each version that was asked for meant at that time
     <cache>/<store>/<job>/<sha256>.safetensors   the models behind it (storage.models.ModelCache)
 
-`<store>` stands for the store's URL, since two stores may each have a job of one name. "latest" and "best" are
-asked anew every time; without the store they mean what they meant when it answered last. Every model is verified
+`<store>` stands for the store's URL, since two stores may each have a job of one name. Channels (storage/channels.py)
+are asked anew every time; without the store they mean what they meant when it answered last. Every model is verified
 by its digest before every use.
 """
 
@@ -26,19 +26,18 @@ from federation.jobs import Job, ModelRef
 from federation.types import ModelVersion
 from producers.local import Arrays, LocalModel, assemble, has_own_norm
 from storage.blob import BlobStore
+from storage.channels import resolve
 from storage.files import replace_durably
-from storage.jobs import best_version, load_job
-from storage.log import VersionLog
+from storage.jobs import load_job
 from storage.models import ModelCache
 from storage.tensors import TensorFile, decode
 
-LATEST, BEST = "latest", "best"
 KEPT_MODELS = 8
 """Files per job, one of them the initial model: the version in use and some that were, should one be wanted back."""
 
 
 class Answer(Value):
-    """Which version was meant. `reason` says why it is the best."""
+    """Which version was meant. `reason` says why it is the best, or what speaks against it."""
 
     current: ModelVersion
     reason: str = ""
@@ -72,16 +71,6 @@ class Pulled:
     def sha256(self) -> str:
         """Of the version's file."""
         return self.answer.current.model.sha256
-
-
-def check_wanted(text: str) -> str:
-    """A version as it may be asked for: latest, best, or a number. Raises ValueError."""
-    text = text.strip().lower()
-    if text in (LATEST, BEST):
-        return text
-    if not (text.isascii() and text.isdigit()):
-        raise ValueError(f"a version is {LATEST}, {BEST} or a number, not {text!r}")
-    return str(int(text))
 
 
 class OfflineModels:
@@ -147,21 +136,8 @@ class OfflineModels:
             job = load_job(store, self._job_id)
         except NotFound as exc:
             raise NotFound(f"there is no job {self._job_id!r} in {self._store_url}") from exc
-        log, now, reason = VersionLog(store, self._job_id), datetime.now(UTC), ""
-        if wanted == LATEST:
-            current = log.head().head.current
-        elif wanted == BEST:
-            best = best_version(store, self._job_id)
-            if best is None:
-                raise NotFound(
-                    f"no version of {self._job_id} was measured yet, so none is the best: take the latest, or a "
-                    f"number from `fedqueue model list {self._job_id}`"
-                )
-            current = log.version(best.version)
-            reason = f"{best.metric} {best.value:.3f} by {', '.join(best.who)}"
-        else:
-            current = log.version(int(wanted))
-        return job, Answer(current=current, reason=reason, asked_at=now)
+        now, meant = datetime.now(UTC), resolve(store, self._job_id, wanted)
+        return job, Answer(current=meant.current, reason=meant.reason, asked_at=now)
 
     def _pull_version(self, model: LocalModel, current: ModelVersion) -> TensorFile:
         try:

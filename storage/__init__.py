@@ -16,6 +16,7 @@ models.py       models and payloads, written and read under their digest; a site
 jobs.py         job.json, evaluations, refusals, dead letters
 control.py      announcements, answers to requests, members, invitations
 best.py         which version is the best, from what was measured
+channels.py     which version is latest, best, stable
 log.py          the version log: append by compare-and-swap, read, follow
 retention.py    what may go, and how it goes
 

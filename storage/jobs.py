@@ -9,7 +9,6 @@ from federation import keys
 from federation.errors import AccessDenied, CorruptLog, NotFound
 from federation.jobs import Job
 from federation.types import DeadLetter, Evaluation, Refusal
-from storage.best import Best, best_of
 from storage.blob import BlobStore
 from storage.reading import load_value
 
@@ -77,15 +76,6 @@ def load_evaluation(store: BlobStore, job_id: str, version: int, who: str) -> Ev
 def list_evaluations(store: BlobStore, job_id: str) -> list[Evaluation]:
     """All measurements of a job's versions, by version, then by who measured."""
     return [load_value(store, key, Evaluation) for key in store.list(keys.metrics_prefix(job_id))]
-
-
-def best_version(store: BlobStore, job_id: str) -> Best | None:
-    """The best version by the job's `evaluation.metric`; None if nobody has measured that yet.
-
-    Its model stays in the store, as that of every measured version does. Takes a request per measurement. Raises
-    NotFound if there is no such job.
-    """
-    return best_of(list_evaluations(store, job_id), load_job(store, job_id).spec.evaluation.metric)
 
 
 def save_refusal(store: BlobStore, refusal: Refusal) -> None:

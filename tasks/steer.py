@@ -98,7 +98,7 @@ def _clear(context: Context, job: Job, number: int, by: str) -> str:
         if quarantine is None or quarantine.version != number:
             at_all = "no version" if quarantine is None else f"version {quarantine.version}"
             raise Rejected(f"version {number} of {job.id} is not in quarantine; {at_all} is")
-        return Cleared(by=by), transitions.clear(newest.head)
+        return Cleared(version=number, by=by), transitions.clear(newest.head)
 
     record = records.append(context, job.id, clear)
     assert record is not None

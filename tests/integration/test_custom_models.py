@@ -27,7 +27,8 @@ from federation.types import Evaluation, Published
 from producers.agent import SiteAgent
 from producers.custom_trainer import CustomTraining
 from producers.detection_trainer import DetectionTrainer
-from storage.jobs import best_version, list_evaluations, load_job
+from storage.channels import best_version
+from storage.jobs import list_evaluations, load_job
 from storage.log import VersionLog
 from storage.models import load_full_model
 from tasks.context import open_context

@@ -18,7 +18,8 @@ from federation.jobs import AggregationPolicy, EvaluationPolicy, JobSpec, StopRu
 from federation.settings import Settings
 from federation.types import Evaluation, LogRecord, Published
 from producers.outbox import Outbox
-from storage.jobs import best_version, list_evaluations
+from storage.channels import best_version
+from storage.jobs import list_evaluations
 from storage.log import VersionLog
 from storage.models import load_model
 from tests.factories import Arrays, client_update, job_spec, payload_of, toy_arrays

@@ -9,9 +9,11 @@ import pytest
 
 from federation.errors import BadMessage, NotFound
 from federation.jobs import EvaluationPolicy, Job, ModelRef
-from federation.types import SERVER, Evaluation
+from federation.types import SERVER, Evaluation, Head, ModelVersion
 from storage.best import Best, best_of
-from storage.jobs import best_version, list_evaluations, save_evaluation, save_job
+from storage.channels import best_version
+from storage.jobs import list_evaluations, save_evaluation, save_job
+from storage.log import VersionLog
 from storage.memory import MemoryStore
 from tests.factories import job_spec
 
@@ -78,6 +80,7 @@ def test_best_version_goes_by_the_metric_of_the_job() -> None:
     ref = ModelRef(key="jobs/toy/models/x", sha256="0" * 64, nbytes=1)
     spec = job_spec(evaluation=EvaluationPolicy(metric="accuracy"))
     save_job(store, Job(spec=spec, initial=ref, max_update_bytes=1, created_at=datetime.now(UTC)))
+    VersionLog(store, "toy").create(Head(current=ModelVersion(version=0, model=ref)))
     assert best_version(store, "toy") is None
     for version, (value, accuracy) in {1: (0.9, 0.1), 2: (0.1, 0.9)}.items():
         both = {MAP_50: value, "accuracy": accuracy}

@@ -80,7 +80,7 @@ def test_list_shows_the_server_and_each_site_and_marks_versions(store: FolderSto
     rows = {line[0]: line for line in lines[1:]}
     assert rows["2"][1] == "best"
     assert rows["2"][5:7] == ["0.250", "0.750"]
-    assert rows["4"][1] == "newest"
+    assert rows["4"][1] == "latest"
     assert "0.500" in rows["4"]
     measure(store, 1, SERVER, 0.1)
     rows = {line[0]: line for line in says(store, tmp_path, "model", "list", "toy")}
@@ -101,7 +101,7 @@ def test_status_shows_the_newest_measured_versions_and_the_best(store: FolderSto
         measure(store, version, "north", value)
     rows = [line for line in says(store, tmp_path, "job", "status", "toy") if line and line[0] in "01234"]
     assert rows[0] == ["0", "best", "0.900"]
-    assert rows[4] == ["4", "newest", "0.400"]
+    assert rows[4] == ["4", "latest", "0.400"]
 
 
 def test_metrics_shows_means_and_classes_by_who(store: FolderStore, tmp_path: Path) -> None:

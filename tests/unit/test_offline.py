@@ -11,8 +11,9 @@ import pytest
 from federation.errors import BadJob, NotFound, StoreUnavailable
 from federation.jobs import Job, ModelRef, TrainingPlan
 from federation.types import Evaluation, Head, ModelVersion, Published
-from producers.offline import KEPT_MODELS, OfflineModels, Pulled, check_wanted
+from producers.offline import KEPT_MODELS, OfflineModels, Pulled
 from storage.blob import BlobStore
+from storage.channels import check_wanted
 from storage.jobs import save_evaluation, save_job
 from storage.log import VersionLog
 from storage.memory import MemoryStore
@@ -257,5 +258,5 @@ def test_versions_as_they_may_be_asked_for(text: str, wanted: str) -> None:
 
 @pytest.mark.parametrize("text", ["", "newest", "-1", "1.5", "１"])
 def test_versions_as_they_may_not(text: str) -> None:
-    with pytest.raises(ValueError, match="latest, best or a number"):
+    with pytest.raises(ValueError, match="latest, best, stable or a number"):
         check_wanted(text)

@@ -41,9 +41,10 @@ from federation.types import (
 )
 from storage.audit import audit
 from storage.blob import BlobStore
+from storage.channels import best_version
 from storage.faulty import FaultyStore
 from storage.folder import FolderStore
-from storage.jobs import best_version, job_ids, list_evaluations, list_refusals, save_evaluation, save_report
+from storage.jobs import job_ids, list_evaluations, list_refusals, save_evaluation, save_report
 from storage.log import VersionLog
 from storage.memory import MemoryStore
 from storage.models import load_model, save_model
