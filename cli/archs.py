@@ -109,5 +109,5 @@ def archs(
 
 
 def _weights(family: Family | None) -> list[str]:
-    """What `job create --weights` takes for it besides files."""
+    """What `job submit --weights` takes for it besides files."""
     return [member.name for member in family.pretrained()] if family else []

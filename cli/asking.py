@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from broker import topology
-from broker.open import connect
+from broker.open import connect, declare
 from cli.options import console, export, fail
 from federation.errors import FedqueueError, Transient
 from federation.ids import new_update_id
@@ -40,6 +40,8 @@ def new_request(settings: Settings, what: What) -> Request:
 def send(settings: Settings, request: Request) -> None:
     """Returns when the broker has the request. Raises BrokerUnavailable, BadMessage, AccessDenied."""
     export(settings)
+    if settings.embedded or request.who == SERVER:
+        declare(settings)  # so that a request waits for a server that was never started yet
     broker = connect(settings)
     try:
         if request.who == SERVER:
@@ -77,6 +79,11 @@ def ask(settings: Settings, store: BlobStore, what: What, wait_s: float) -> None
             answer = wait(store, request, wait_s)
     except FedqueueError as exc:
         fail(exc)
+    show(answer)
+
+
+def show(answer: Answer) -> None:
+    """Print what was done; exits with status 1 and every error if the server has refused."""
     if not answer.ok:
-        fail("; ".join(answer.errors))
+        fail(*answer.errors)
     console.print(answer.message, markup=False, highlight=False, soft_wrap=True)

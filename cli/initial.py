@@ -1,4 +1,4 @@
-"""The first weights of a job, from what `fedqueue job create --weights` names, and what to tell about them."""
+"""The first weights of a job, from what `fedqueue job submit` is given, and what to tell about them."""
 
 from __future__ import annotations
 

@@ -1,129 +1,127 @@
-"""`fedqueue job …`: create a job, see where it stands, read its log."""
+"""`fedqueue job …`: submit a job, see where it stands, read its log, pause, resume and stop it."""
 
 from __future__ import annotations
 
-import json
-import time
-import tomllib
-from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
+from pydantic import ValidationError
 from rich.table import Table
 
-from broker.open import connect, declare
+from cli.asking import WaitS, ask
 from cli.figures import Figures
-from cli.initial import first_weights
-from cli.options import BrokerUrl, JobArgument, StoreUrl, chosen_store, console, existing, export, fail, load
+from cli.joblist import list_jobs, show, state
+from cli.options import (
+    BrokerUrl,
+    JobArgument,
+    StoreUrl,
+    chosen_store,
+    console,
+    fail,
+    load,
+    no_job,
+    printable,
+)
 from cli.shares import shares
-from federation.errors import BadJob, FedqueueError, NotFound, Transient
-from federation.jobs import JobSpec
-from federation.settings import Settings
-from federation.types import Accepted, Closed, Collected, LogRecord, Published, Refused
-from storage.blob import BlobStore
-from storage.jobs import list_evaluations, list_jobs, load_job
+from cli.submission import check, schema, submit
+from federation.base import findings
+from federation.errors import FedqueueError, NotFound
+from federation.requests import SteerJob
+from federation.types import (
+    Accepted,
+    Cleared,
+    Closed,
+    Collected,
+    Created,
+    Held,
+    LogRecord,
+    Promoted,
+    Published,
+    Quarantined,
+    Refused,
+    Resumed,
+    RolledBack,
+)
+from storage.jobs import list_evaluations, load_job
 from storage.log import VersionLog
-from storage.models import save_model
 from storage.open import open_store
-from storage.probe import probe
-from storage.tensors import from_arrays
 
 MEASURED_SHOWN = 5
 """Newest measured versions in `status`, and the best one."""
 
-app = typer.Typer(help="Create jobs and look at them.", no_args_is_help=True)
+app = typer.Typer(help="Submit jobs, look at them, steer them.", no_args_is_help=True)
+app.command()(submit)
+app.command()(check)
+app.command()(schema)
+app.command("list")(list_jobs)
+app.command()(show)
+
+Reason = Annotated[
+    str, typer.Option(envvar="FEDQUEUE_CLI_REASON", help="why, for everybody who reads the log")
+]
 
 
 @app.command()
-def create(
-    file: Annotated[Path, typer.Argument(help="a job description, TOML (docs/jobs.md)")],
-    weights: Annotated[
-        str | None,
-        typer.Option(
-            "--weights",
-            "--pretrained",
-            envvar="FEDQUEUE_CLI_WEIGHTS",
-            help="first weights, of which is taken what fits: a file (.pth, .safetensors), or torchvision's own by "
-            "name, downloaded (`fedqueue model archs` lists them); none: random",
-        ),
-    ] = None,
-    wait_s: Annotated[
-        float, typer.Option(envvar="FEDQUEUE_CLI_WAIT_S", help="seconds to wait for a worker to make it")
-    ] = 60.0,
+def pause(
+    job: JobArgument,
+    reason: Reason = "",
+    wait_s: WaitS = 60.0,
     broker_url: BrokerUrl = None,
     store_url: StoreUrl = None,
 ) -> None:
-    """Make initial weights, upload them, and ask a worker to create the job.
+    """Let no site start a training until the job is resumed. Of the job's submitter, or an operator.
 
-    Example: fedqueue job create job.toml --weights backbone.pth
+    What sites have finished by then, or are at work on, is merged all the same.
+
+    Example: fedqueue job pause street --reason "new labels on Monday"
     """
+    _steer(job, "pause", reason, wait_s, broker_url, store_url)
+
+
+@app.command()
+def resume(
+    job: JobArgument, wait_s: WaitS = 60.0, broker_url: BrokerUrl = None, store_url: StoreUrl = None
+) -> None:
+    """Let sites train again; also a job that still waits for sites. Of the job's submitter, or an operator.
+
+    Example: fedqueue job resume street
+    """
+    _steer(job, "resume", "", wait_s, broker_url, store_url)
+
+
+@app.command()
+def stop(
+    job: JobArgument,
+    reason: Reason = "",
+    wait_s: WaitS = 60.0,
+    broker_url: BrokerUrl = None,
+    store_url: StoreUrl = None,
+) -> None:
+    """Close the job for good: nothing is merged any more. Of the job's submitter, or an operator.
+
+    Its versions stay. An update that comes later is refused as job-closed.
+
+    Example: fedqueue job stop street --reason "good enough"
+    """
+    _steer(job, "stop", reason, wait_s, broker_url, store_url)
+
+
+def _steer(
+    job: str,
+    action: Literal["pause", "resume", "stop"],
+    reason: str,
+    wait_s: float,
+    broker_url: str | None,
+    store_url: str | None,
+) -> None:
     settings = load(broker_url=broker_url, store_url=store_url)
     try:
-        raw = tomllib.loads(existing(file, "job description").read_text())
-        spec = JobSpec.from_json(json.dumps(raw))
-        with console.status("making initial weights and waiting for a worker"):
-            submit(settings, open_store(settings), spec, weights, wait_s, report=_say)
-    except tomllib.TOMLDecodeError as exc:
-        fail(f"{file}: {exc}")
+        store, asked = open_store(settings), SteerJob(job=job, action=action, reason=reason)
     except FedqueueError as exc:
         fail(exc)
-    console.print(f"job {spec.id} is there, at version 0")
-
-
-def _say(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def submit(
-    settings: Settings,
-    store: BlobStore,
-    spec: JobSpec,
-    weights: str | None,
-    wait_s: float,
-    alive: Callable[[], None] = lambda: None,
-    report: Callable[[str], None] = lambda line: None,
-) -> None:
-    """Upload version 0 and send `create_job`. Raises BadJob; Transient if no worker made it in `wait_s`.
-
-    weights: as `first_weights` takes them; `report` gets its lines. `alive` is called while waiting, and may raise.
-    """
-    export(settings)
-    from tasks.celery import CREATE_JOB, sender
-
-    probe(store)
-    if _exists(store, spec.id):
-        raise BadJob(f"there is a job {spec.id!r} already: choose another id")
-    first = first_weights(spec, weights)
-    for line in first.report:
-        report(line)
-    files = {
-        "initial": save_model(store, spec.id, from_arrays(first.arrays)),
-        "first": save_model(store, spec.id, from_arrays({n: first.arrays[n] for n in first.exchanged})),
-    }
-    broker = connect(settings)
-    try:
-        declare(settings)
-        request = {name: value.to_json().decode() for name, value in {"spec": spec, **files}.items()}
-        sender(settings, broker)(CREATE_JOB, request)
-    finally:
-        broker.close()
-    deadline = time.monotonic() + wait_s
-    while not _exists(store, spec.id):
-        alive()
-        if time.monotonic() > deadline:
-            raise Transient(
-                f"no worker made the job in {wait_s:.0f} s; the request stays queued: start `fedqueue worker`"
-            )
-        time.sleep(0.1)
-
-
-def _exists(store: BlobStore, job_id: str) -> bool:
-    try:
-        VersionLog(store, job_id).head()
-    except NotFound:
-        return False
-    return True
+    except ValidationError as exc:
+        fail(*findings(exc))
+    ask(settings, store, asked, wait_s)
 
 
 @app.command()
@@ -139,7 +137,7 @@ def status(job: JobArgument, store_url: StoreUrl = None) -> None:
             records = list(VersionLog(store, job).history())
             evaluations = list_evaluations(store, job)
     except NotFound:
-        fail(f"there is no job {job!r}; there are: {', '.join(list_jobs(store)) or 'none'}")
+        no_job(store, job)
     except FedqueueError as exc:
         fail(exc)
     head = records[-1].head
@@ -147,7 +145,7 @@ def status(job: JobArgument, store_url: StoreUrl = None) -> None:
     console.print(
         f"version {head.version} of {the_job.spec.stop.max_versions}, {len(head.pending)} updates waiting"
     )
-    console.print(f"closed: {head.closed}" if head.closed else "open")
+    console.print(state(head), markup=False, highlight=False, soft_wrap=True)
     figures = Figures.of(the_job.spec, head, evaluations)
     if figures.measured:
         measured = Table("version", "", *figures.headings(), box=None)
@@ -178,33 +176,45 @@ def history(job: JobArgument, store_url: StoreUrl = None) -> None:
     store = chosen_store(store_url)
     try:
         for record in VersionLog(store, job).history():
-            console.print(
-                f"{record.seq:6d}  {record.at:%Y-%m-%d %H:%M:%S}  v{record.head.version:<5d} {_line(record)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            where = f"{record.seq:6d}  {record.at:%Y-%m-%d %H:%M:%S}  v{record.head.version:<5d}"
+            line = f"{where} {printable(_line(record))}"
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
     except NotFound:
-        fail(f"there is no job {job!r}; there are: {', '.join(list_jobs(store)) or 'none'}")
+        no_job(store, job)
     except FedqueueError as exc:
         fail(exc)
 
 
 def _line(record: LogRecord) -> str:
-    event = record.event
-    if isinstance(event, Accepted):
-        c = event.contribution
-        return (
-            f"accepted   {c.update.update_id} of {c.update.site}, base {c.update.base_version}, "
-            f"staleness {c.staleness}, weight {c.weight:.4f}"
-        )
-    if isinstance(event, Refused):
-        return f"refused    {event.refusal.update.update_id} of {event.refusal.update.site}: {event.refusal.message}"
-    if isinstance(event, Published):
-        merged = ", ".join(f"{c.update.site} (τ {c.staleness}, {c.weight:.3f})" for c in event.merged)
-        refused = f"; refused {len(event.refused)}" if event.refused else ""
-        return f"published  {len(event.merged)} merged: {merged}{refused}"
-    if isinstance(event, Closed):
-        return f"closed     {event.reason}"
-    if isinstance(event, Collected):
-        return f"collected  {len(event.keys)} objects that are not needed any more"
-    return "created"
+    match record.event:
+        case Created():
+            return "created"
+        case Accepted(contribution=c):
+            return (
+                f"accepted   {c.update.update_id} of {c.update.site}, base {c.update.base_version}, "
+                f"staleness {c.staleness}, weight {c.weight:.4f}"
+            )
+        case Refused(refusal=r):
+            return f"refused    {r.update.update_id} of {r.update.site}: {r.message}"
+        case Published() as event:
+            merged = ", ".join(f"{c.update.site} (τ {c.staleness}, {c.weight:.3f})" for c in event.merged)
+            refused = f"; refused {len(event.refused)}" if event.refused else ""
+            return f"published  {len(event.merged)} merged: {merged}{refused}"
+        case Held() as event:
+            return f"held       by {event.by}: {event.reason}"
+        case Resumed() as event:
+            return f"resumed    by {event.by}"
+        case Quarantined() as event:
+            return f"quarantine version {event.version}: {event.reason}"
+        case Cleared() as event:
+            return f"cleared    out of quarantine, by {event.by}"
+        case Promoted() as event:
+            return f"promoted   version {event.version} is stable, by {event.by}"
+        case RolledBack() as event:
+            refused = f"; refused {len(event.refused)}" if event.refused else ""
+            why = f": {event.reason}" if event.reason else ""
+            return f"rolled-back to version {event.to}, by {event.by}{why}{refused}"
+        case Closed() as event:
+            return f"closed     by {event.by}: {event.reason}"
+        case Collected() as event:
+            return f"collected  {len(event.keys)} objects that are not needed any more"

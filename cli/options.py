@@ -19,6 +19,7 @@ from federation import plugins
 from federation.errors import FedqueueError
 from federation.settings import Settings, env_name
 from storage.blob import BlobStore
+from storage.control import announced
 from storage.open import open_store
 
 console = Console(width=None if sys.stdout.isatty() else 110)  # a log file has no width: room for tables
@@ -57,11 +58,26 @@ def chosen_store(store_url: str | None) -> BlobStore:
         fail(exc)
 
 
-def fail(error: FedqueueError | str) -> NoReturn:
-    """One red line, exit status 1."""
-    kind = f"{type(error).__name__}: " if isinstance(error, FedqueueError) else ""
-    errors.print(f"[bold red]{kind}[/]{escape(str(error))}", highlight=False, soft_wrap=True)
+def fail(*found: FedqueueError | str) -> NoReturn:
+    """A line for each error, exit status 1."""
+    for error in found:
+        kind = f"{type(error).__name__}: " if isinstance(error, FedqueueError) else ""
+        errors.print(f"[bold red]{kind}[/]{escape(str(error))}", highlight=False, soft_wrap=True)
     raise typer.Exit(1)
+
+
+def no_job(store: BlobStore, job: str) -> NoReturn:
+    """Exits; names the jobs that there are."""
+    try:
+        names = ", ".join(announced(store))
+    except FedqueueError as exc:
+        fail(exc)
+    fail(f"there is no job {job!r}; there are: {names or 'none'}")
+
+
+def printable(text: str) -> str:
+    """What somebody else wrote, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def log_to_stderr(level: int = logging.INFO) -> None:

@@ -1,4 +1,4 @@
-# What needs torch: a site's agent, the evaluation worker, `fedqueue job create` and `fedqueue predict`.
+# What needs torch: a site's agent, the evaluation worker, `fedqueue job submit` and `fedqueue predict`.
 #   docker build -f docker/site.Dockerfile -t fedqueue-site .        (from the repository's root)
 #
 # The index's newest torch brings its CUDA packages, several gigabytes, and works without a GPU, too. For the

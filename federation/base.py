@@ -29,8 +29,20 @@ class Value(BaseModel):
 
 
 def describe(exc: ValidationError) -> str:
-    """All findings of a ValidationError in one line: `field.sub: message; …`, inputs left out."""
-    return "; ".join(
-        f"{'.'.join(str(part) for part in e['loc']) or 'value'}: {e['msg']}"
-        for e in exc.errors(include_url=False, include_context=False, include_input=False)
-    )
+    """All findings of a ValidationError in one line, inputs left out."""
+    return "; ".join(findings(exc))
+
+
+def findings(exc: ValidationError) -> list[str]:
+    """Each finding of a ValidationError, `field.sub: message`, inputs left out.
+
+    A validator of ours that looks at a whole value may find several things: a line each, with the field's name.
+    """
+    found = []
+    for e in exc.errors(include_url=False, include_input=False):
+        where = ".".join(str(part) for part in e["loc"])
+        if e["type"] == "value_error":
+            found += [f"{where}: {line}" if where else line for line in str(e["ctx"]["error"]).splitlines()]
+        else:
+            found.append(f"{where or 'value'}: {e['msg']}")
+    return found

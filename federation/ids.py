@@ -27,11 +27,17 @@ UpdateId = Annotated[
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 
 _NAME = re.compile(NAME_PATTERN)
+_UUID7 = re.compile(UUID7_PATTERN)
 
 
 def is_name(text: str) -> bool:
     """True if `text` may name a job or a site."""
     return _NAME.match(text) is not None
+
+
+def is_update_id(text: str) -> bool:
+    """True if `text` is a UUID version 7, as ids of updates and requests are."""
+    return _UUID7.match(text) is not None
 
 
 def new_update_id() -> str:

@@ -5,13 +5,23 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator, Mapping
 from math import ceil
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AliasChoices, AwareDatetime, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    AwareDatetime,
+    Field,
+    StringConstraints,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
-from federation.base import Value
-from federation.ids import Name, Sha256
+from federation.base import Value, findings
+from federation.ids import Name, Sha256, UpdateId
 
 MAX_VERSION = 10**9
 MAP_50 = "mAP@0.5"
@@ -336,25 +346,34 @@ class JobSpec(Value):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        if len(set(self.classes)) != len(self.classes):
-            raise ValueError("classes: a name is there twice")
-        if self.participants is not None and len(set(self.participants)) != len(self.participants):
-            raise ValueError("participants: a name is there twice")
-        if self.aggregation.strategy == "fedavg" and not self.participants:
-            raise ValueError("participants: fedavg waits for every invited site, so it must name them")
+        problems = [*self._problems()]
+        if problems:
+            raise ValueError("\n".join(problems))
         return self
 
-    @model_validator(mode="after")
-    def _check_participation(self) -> Self:
+    def _problems(self) -> Iterator[str]:
+        """What does not fit together, each with its field."""
+        fedavg, measured = self.aggregation.strategy == "fedavg", self.evaluation.metric
+        if len(set(self.classes)) != len(self.classes):
+            yield "classes: a name is there twice"
+        if self.participants is not None and len(set(self.participants)) != len(self.participants):
+            yield "participants: a name is there twice"
+        if fedavg and not self.participants:
+            yield "participants: fedavg waits for every invited site, so it must name them"
         if self.participants and self.participation.min_sites > len(self.participants):
-            raise ValueError(
-                "participation.min_sites: more than there are participants, so nobody would ever train"
-            )
-        if self.aggregation.strategy == "fedavg" and self.participation.mode == "invited":
-            raise ValueError(
-                "participation.mode: fedavg waits for every participant, so it cannot choose among them"
-            )
-        return self
+            yield "participation.min_sites: more than there are participants, so nobody would ever train"
+        if fedavg and self.participation.mode == "invited":
+            yield "participation.mode: fedavg waits for every participant, so it cannot choose among them"
+        needs = {
+            "stop.target": self.stop.target,
+            "stop.patience": self.stop.patience,
+            "evaluation.max_drop": self.evaluation.max_drop,
+        }
+        for field, value in needs.items():
+            if value is not None and not (self.evaluation.every or self.evaluation.sites_every):
+                yield f"{field}: nobody measures: set evaluation.every, evaluation.sites_every, or both"
+        if self.stop.target is not None and "AP@" in measured and not 0 < self.stop.target <= 1:
+            yield f"stop.target: {measured} lies between 0 and 1"
 
     def progress(self, base_version: int) -> tuple[float, float]:
         """How far the job is, 0..1, at the start and at the end of an update from `base_version`.
@@ -376,6 +395,17 @@ class JobSpec(Value):
         return self.aggregation.buffer_size if self.aggregation.strategy == "fedbuff" else 1
 
 
+def read_spec(document: Mapping[str, Any]) -> tuple[JobSpec | None, list[str]]:
+    """The job description, or None and everything that is wrong with it: `field: message`.
+
+    document: what JSON can say. Fields are checked one by one first, and what does not fit together after that.
+    """
+    try:
+        return JobSpec.model_validate_json(json.dumps(document)), []
+    except ValidationError as exc:
+        return None, findings(exc)
+
+
 class Job(Value):
     """`job.json`: a federation. `initial` holds every tensor; versions hold the exchanged ones."""
 
@@ -384,6 +414,7 @@ class Job(Value):
     initial: ModelRef
     max_update_bytes: int = Field(ge=1, description="largest payload that is read")
     submitted_by: Name = Field(default="server", description='a site, or "server": an operator')
+    request_id: UpdateId | None = Field(default=None, description="of the request that made it")
     created_at: AwareDatetime
 
     @property

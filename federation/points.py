@@ -37,7 +37,9 @@ class Point(StrEnum):
     TOLD = "the sites are told, the publish's message is not acknowledged"
     # a worker: the rest
     REPORT_KEPT = "a site's report is stored, its message is not acknowledged"
+    MODELS_COPIED = "the models of a new job are copied, job.json is not written"
     JOB_WRITTEN = "job.json is written, the log has not begun"
+    ANSWERED = "the answer to a request is stored, its message is not acknowledged, uploads still lie there"
     LETTER_KEPT = "the dead letter is stored, its message is not acknowledged"
     COLLECTED = "the log says what retention removes, nothing is deleted"
     DELETED = "the first of these objects is deleted, the others are not"

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AwareDatetime, Field
 
 from federation.base import Value
-from federation.ids import Name, Sha256, UpdateId
+from federation.ids import Name, Sha256, UpdateId, is_name
 from federation.jobs import MAX_VERSION, ModelRef
 
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="Ed25519, RFC 8032, hexadecimal")]
@@ -32,6 +32,12 @@ class SubmitJob(Value):
     )
     initial: ModelRef = Field(description="all tensors of the model")
     first: ModelRef = Field(description="the tensors that sites exchange; may be the same file")
+
+    @property
+    def job(self) -> str | None:
+        """The id that the document asks for, if it can be one."""
+        found = self.document.get("id")
+        return found if isinstance(found, str) and is_name(found) else None
 
 
 class JoinJob(Value):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import groupby
 
 from federation import keys
 from federation.errors import AccessDenied, CorruptLog, NotFound
 from federation.jobs import Job
-from federation.types import DeadLetter, Evaluation, Refusal
+from federation.types import SERVER, DeadLetter, Evaluation, Refusal
 from storage.blob import BlobStore
 from storage.reading import load_value
 
@@ -76,6 +77,22 @@ def load_evaluation(store: BlobStore, job_id: str, version: int, who: str) -> Ev
 def list_evaluations(store: BlobStore, job_id: str) -> list[Evaluation]:
     """All measurements of a job's versions, by version, then by who measured."""
     return [load_value(store, key, Evaluation) for key in store.list(keys.metrics_prefix(job_id))]
+
+
+def newest_measured(store: BlobStore, job: Job) -> tuple[int, float] | None:
+    """The newest version that has a measurement of the job's metric, and its value: the server's, or the mean of
+    the sites over their images. None if there is none. Takes one listing, and few requests after it.
+    """
+    metric = job.spec.evaluation.metric
+    found = sorted(store.list(keys.metrics_prefix(job.id)), reverse=True)
+    for _, measured in groupby(found, key=lambda key: key.rpartition("/")[0]):
+        evaluations = [load_value(store, key, Evaluation) for key in measured]
+        of_metric = [e for e in evaluations if metric in e.metrics and e.num_images]
+        chosen = [e for e in of_metric if e.who == SERVER] or of_metric
+        if chosen:
+            value = sum(e.metrics[metric] * e.num_images for e in chosen) / sum(e.num_images for e in chosen)
+            return chosen[0].version, value
+    return None
 
 
 def save_refusal(store: BlobStore, refusal: Refusal) -> None:

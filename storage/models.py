@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from federation.errors import BadPayload, CorruptLog, NotFound, StoreUnavailable
+from federation.ids import new_update_id
 from federation.jobs import Job, ModelRef
-from federation.keys import model_key
+from federation.keys import model_key, update_key
 from federation.layout import Layout
 from federation.types import ClientUpdate
 from storage.blob import BlobStore
@@ -65,19 +66,31 @@ def load_payload(store: BlobStore, update: ClientUpdate, layout: Layout, max_byt
 
     Raises BadPayload: "missing-payload", "too-large", "wrong-size", "wrong-digest", and as `decode`.
     """
-    key = update.payload_key
-    if update.payload_bytes > max_bytes:
-        raise BadPayload(
-            f"{key}: {update.payload_bytes} bytes, this job reads at most {max_bytes}", "too-large"
-        )
+    declared = ModelRef(key=update.payload_key, sha256=update.payload_sha256, nbytes=update.payload_bytes)
+    return load_upload(store, declared, max_bytes, layout)
+
+
+def describe_upload(job: str, who: str, data: bytes) -> ModelRef:
+    """A new place for `data` where a site may write; nothing is written."""
+    key = update_key(job, who, new_update_id())
+    return ModelRef(key=key, sha256=hashlib.sha256(data).hexdigest(), nbytes=len(data))
+
+
+def load_upload(
+    store: BlobStore, declared: ModelRef, max_bytes: int, expected: Layout | None = None
+) -> TensorFile:
+    """Read what somebody uploaded and declared to be such; raises like `load_payload`."""
+    key = declared.key
+    if declared.nbytes > max_bytes:
+        raise BadPayload(f"{key}: {declared.nbytes} bytes, at most {max_bytes} are read", "too-large")
     try:
         nbytes = store.size(key)
-        if nbytes != update.payload_bytes:
-            raise BadPayload(f"{key} has {nbytes} bytes, declared are {update.payload_bytes}", "wrong-size")
-        data = _read_verified(store, key, update.payload_bytes, update.payload_sha256)
+        if nbytes != declared.nbytes:
+            raise BadPayload(f"{key} has {nbytes} bytes, declared are {declared.nbytes}", "wrong-size")
+        data = _read_verified(store, key, declared.nbytes, declared.sha256)
     except NotFound as exc:
         raise BadPayload(f"{key} is not in the store: upload before publishing", "missing-payload") from exc
-    return decode(data, layout)
+    return decode(data, expected)
 
 
 def _read_verified(store: BlobStore, key: str, nbytes: int, sha256: str) -> bytes:

@@ -9,7 +9,7 @@ publish.py      fedqueue.publish_version   all pending updates -> one model vers
 state.py        the server optimiser's state, stored beside the model
 tell.py         hints to the sites, after the log has it
 evaluate.py     fedqueue.evaluate_version  one version -> metrics on the held-out set (the only torch here)
-jobs.py         fedqueue.create_job        job description -> job.json and version 0
+jobs.py         a job that is submitted: job description -> job.json and version 0
 requests.py     fedqueue.handle_request    what a site or an operator asks: done and answered
 members.py      which sites take part in a job
 steer.py        pause, resume, stop; promote, roll back, clear a quarantine

@@ -35,7 +35,6 @@ ACCEPT = "fedqueue.accept_update"
 PUBLISH = "fedqueue.publish_version"
 EVALUATE = "fedqueue.evaluate_version"
 RECORD_REPORT = "fedqueue.record_report"
-CREATE_JOB = "fedqueue.create_job"
 HANDLE_REQUEST = "fedqueue.handle_request"
 OVERSEE_JOBS = "fedqueue.oversee_jobs"
 KEEP_DEAD_LETTER = "fedqueue.keep_dead_letter"
@@ -45,7 +44,6 @@ ROUTING_KEYS = {
     ACCEPT: "merge.accept_update",
     PUBLISH: "merge.publish_version",
     RECORD_REPORT: "merge.record_report",
-    CREATE_JOB: "merge.create_job",
     HANDLE_REQUEST: "merge.handle_request",
     OVERSEE_JOBS: "merge.oversee_jobs",
     KEEP_DEAD_LETTER: "merge.keep_dead_letter",
@@ -61,7 +59,6 @@ app.conf.include = [
     "tasks.publish",
     "tasks.evaluate",
     "tasks.report",
-    "tasks.jobs",
     "tasks.requests",
     "tasks.oversee",
     "tasks.deadletters",

@@ -18,6 +18,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from federation.errors import NotFound, Rejected
+from federation.points import Point, reach
 from federation.requests import Answer, Request
 from federation.types import SERVER
 from federation.wire import Answered
@@ -57,6 +58,11 @@ def handle(context: Context, request: Request) -> Answer:
     if answer is None:
         answer = _answer(context, request)
         save_answer(context.store, answer)
+        reach(Point.ANSWERED)
+    if request.what.kind == "submit-job":
+        from tasks.jobs import discard_uploads
+
+        discard_uploads(context, request, answer)
     if request.who != SERVER:
         hint(context, Answered(request_id=request.request_id), request.who)
     return answer
@@ -89,9 +95,10 @@ def _answer(context: Context, request: Request) -> Answer:
 
 def handlers() -> dict[str, Handler]:
     """By kind of request. A function, because the handlers' modules import this one for `RequestRefused`."""
-    from tasks import members, steer
+    from tasks import jobs, members, steer
 
     return {
+        "submit-job": jobs.submit,
         "join-job": members.join,
         "decline-job": members.decline,
         "steer-job": steer.steer_job,

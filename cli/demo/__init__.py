@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cli.options import BrokerUrl, LiveUrl, StoreUrl, console, export, fail, load
-from federation.errors import FedqueueError
+from federation.errors import BadJob, FedqueueError
 from federation.jobs import EvaluationPolicy, JobSpec
 from federation.settings import Settings
 
@@ -103,7 +103,7 @@ def _run(
     from cli.demo.live import watch
     from cli.demo.processes import Processes
     from cli.demo.report import report
-    from cli.job import submit
+    from cli.submission import Description, send_job
     from storage.jobs import load_job
     from storage.models import load_full_model
     from storage.open import open_store
@@ -121,7 +121,10 @@ def _run(
         deployment.start_server(processes, data)
         with console.status("the server starts, the job is created"):
             weights = str(data.pretrained) if data.pretrained else None
-            submit(settings, store, spec, weights, wait_s=60, alive=processes.check)
+            described = Description.of(spec, weights)
+            answer = send_job(settings, store, described, wait_s=60, alive=processes.check)
+            if not answer.ok:
+                raise BadJob("; ".join(answer.errors))
         started = time.monotonic()
         deployment.start_sites(processes, data, spec.id)
         job = load_job(store, spec.id)

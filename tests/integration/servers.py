@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,22 +11,25 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 
 from broker.accounts import definitions
 from broker.open import connect, declare
 from broker.port import Broker
 from federation.errors import NotFound
+from federation.ids import new_update_id
 from federation.jobs import JobSpec
+from federation.requests import Answer, Request, SubmitJob, What
 from federation.settings import ENV_PREFIX, Settings, env_name
-from federation.types import ClientUpdate, Head
-from federation.wire import encode_update
+from federation.types import SERVER, ClientUpdate, Head
+from federation.wire import encode_request, encode_update
 from storage.blob import BlobStore
+from storage.control import load_answer
 from storage.log import VersionLog
-from storage.models import save_model
+from storage.models import describe_upload
 from storage.open import create_bucket, open_store
-from storage.tensors import from_arrays
-from tests.factories import Arrays, toy_arrays
+from tests.factories import Arrays, payload_of, toy_arrays
 from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.redis import RedisServer
 from tests.servers.rgw import Rgw
@@ -101,26 +105,53 @@ class Server:
         return "\n".join(f"== {p.name}\n{p.read_text(errors='replace')}" for p in self.folder.glob("*.log"))
 
     def create_job(self, spec: JobSpec, arrays: Arrays | None = None) -> None:
-        """Through the queue, as `fedqueue job create` does it, with a toy model."""
-        from tasks.celery import CREATE_JOB, ROUTING_KEYS, embedded_message
+        """Submit it as an operator, and wait until it is there."""
+        answer = self.answer(self.submit(spec, arrays))
+        assert answer.ok, answer.errors
 
-        ref = save_model(self.store, spec.id, from_arrays(arrays or toy_arrays()))
-        request = {
-            "spec": spec.to_json().decode(),
-            **dict.fromkeys(("initial", "first"), ref.to_json().decode()),
-        }
-        if self.settings.embedded:
+    def submit(self, spec: JobSpec, arrays: Arrays | None = None, site: str = "") -> Request:
+        """As `fedqueue job submit` does it, with a toy model; "": an operator. Nothing is waited for."""
+        data = payload_of(arrays or toy_arrays())
+        ref = describe_upload(spec.id, site or SERVER, data)
+        self.store.put_if_absent(ref.key, data)
+        return self.ask(SubmitJob(document=json.loads(spec.to_json()), initial=ref, first=ref), site)
+
+    def ask(self, what: What, site: str = "") -> Request:
+        """Send a request of a site, or of an operator; nothing is waited for."""
+        request = Request(request_id=new_update_id(), who=site or SERVER, what=what, at=datetime.now(UTC))
+        self.send_request(request)
+        return request
+
+    def send_request(self, request: Request) -> None:
+        from tasks.celery import HANDLE_REQUEST, ROUTING_KEYS, embedded_message
+
+        arguments = {"request": request.to_json().decode()}
+        if request.who != SERVER:
+            broker = self.as_site(request.who)
+            broker.publish("fed.updates", encode_request(request))
+            broker.close()
+        elif self.settings.embedded:
             broker = connect(self.settings)
-            broker.publish("fed.tasks", embedded_message(CREATE_JOB, request))
+            broker.publish("fed.tasks", embedded_message(HANDLE_REQUEST, arguments))
             broker.close()
         else:
             from celery import Celery
 
+            key = ROUTING_KEYS[HANDLE_REQUEST]
             with Celery(broker=self.settings.broker_url.get_secret_value()) as sender:
-                sender.send_task(
-                    CREATE_JOB, kwargs=request, exchange="fed.tasks", routing_key=ROUTING_KEYS[CREATE_JOB]
-                )
-        until(f"job {spec.id} to exist", lambda: self.head(spec.id) is not None)
+                sender.send_task(HANDLE_REQUEST, kwargs=arguments, exchange="fed.tasks", routing_key=key)
+
+    def answer(self, request: Request) -> Answer:
+        """What the server says to it; waits for that."""
+        found: list[Answer | None] = []
+
+        def answered() -> bool:
+            found.append(load_answer(self.store, request.who, request.request_id))
+            return found[-1] is not None
+
+        until(f"the answer to {request.what.kind} of {request.who}", answered)
+        assert found[-1] is not None
+        return found[-1]
 
     def head(self, job: str) -> Head | None:
         try:

@@ -214,7 +214,7 @@ BAD_MESSAGES: dict[str, tuple[Spoil, str]] = {
     ),
     "wrong type": (lambda m, u: replace(m, type="celery"), "wrong-type"),
     "another task's name": (
-        lambda m, u: replace(m, headers={"task": "fedqueue.create_job", "id": "x"}),
+        lambda m, u: replace(m, headers={"task": "fedqueue.handle_request", "id": "x"}),
         "unexpected-header",
     ),
     "unknown job": (lambda m, u: encode_update(client_update(GOOD, job="nowhere")), "unknown-job"),

@@ -36,7 +36,7 @@ from federation.jobs import EvaluationPolicy, StopRule
 from federation.keys import job_prefix, log_prefix, updates_prefix
 from federation.points import Point
 from federation.settings import env_name
-from federation.types import Accepted, ClientUpdate, DeadLetter, Evaluation, Published, Refusal
+from federation.types import SERVER, Accepted, ClientUpdate, DeadLetter, Evaluation, Published, Refusal
 from federation.wire import encode_report, encode_update
 from storage.audit import audit
 from storage.jobs import list_dead_letters, list_evaluations, list_refusals
@@ -213,16 +213,18 @@ def send_everything(stage: Stage) -> Callable[[], None]:
     from_the_future = stage.send(base_version=10**6)
     stage.send_bytes(f"an update of {stage.job}, but not in JSON".encode())
     stage.send(job=f"{stage.job}-which-does-not-exist")
-    stage.create_job(classes=("another", "job", "of", "this", "name"))
+    another = stage.server.submit(job_spec(stage.job, classes=("another", "job", "of", "this", "name")))
     good = [stage.send() for _ in range(VERSIONS)]
     stage.server.send(good[0], None)
-    return partial(
-        stage.check,
-        {update.update_id for update in good},
-        {not_finite.update_id, from_the_future.update_id},
-        letters=3,
-        weight=1 - 0.5**VERSIONS,
-    )
+
+    def check() -> None:
+        (error,) = stage.server.answer(another).errors
+        assert "there is a job" in error
+        merged = {update.update_id for update in good}
+        refused = {not_finite.update_id, from_the_future.update_id}
+        stage.check(merged, refused, letters=2, weight=1 - 0.5**VERSIONS)
+
+    return check
 
 
 def contribute(stage: Stage, trainings: int = VERSIONS) -> None:
@@ -259,6 +261,9 @@ def collect(stage: Stage, ask: Callable[[Stage], None]) -> None:
     stage.server.store.put_if_absent(orphan, b"uploaded and never published")
     unnamed = save_model(stage.server.store, stage.job, from_arrays(toy_arrays(7.0)))
     garbage |= {orphan, unnamed.key}
+    garbage |= {
+        *stage.server.store.list(f"{updates_prefix(stage.job)}{SERVER}/")
+    }  # of the job that was refused
     long_ago = time.time() - 2 * GRACE_S
     root = Path(stage.server.settings.store_url.removeprefix("file:"))
     for key in stage.objects():
@@ -314,10 +319,10 @@ DIES_PUBLISHING = Scenario("worker", serve_backlog)
 DIES_CONTRIBUTING = Scenario("agent", contribute)
 DIES_BEFORE_IT_IS_KEPT = Scenario("agent", partial(contribute, trainings=VERSIONS + 1))
 DIES_STORING = (
-    *(Scenario("aggregator", contribute, time) for time in (1, 4, 5)),
+    *(Scenario("aggregator", contribute, time) for time in (1, 2, 5, 7, 8)),
     Scenario("agent", contribute),
 )
-"""job.json, the first merge's model, its record; a site's upload."""
+"""The copy of a new job's model, job.json, the answer, the first merge's model, its record; a site's upload."""
 
 SCENARIOS: dict[Point, tuple[Scenario, ...]] = {
     Point.TRAINED: (DIES_BEFORE_IT_IS_KEPT,),
@@ -337,7 +342,9 @@ SCENARIOS: dict[Point, tuple[Scenario, ...]] = {
     Point.PUBLISHED: (DIES_SERVING, DIES_PUBLISHING, replace(DIES_PUBLISHING, again=True)),
     Point.TOLD: (DIES_SERVING,),
     Point.REPORT_KEPT: (Scenario("worker", keep_reports), Scenario("worker", keep_reports, 2)),
+    Point.MODELS_COPIED: (DIES_SERVING, DIES_TWICE),
     Point.JOB_WRITTEN: (DIES_SERVING,),
+    Point.ANSWERED: (DIES_SERVING,),
     Point.LETTER_KEPT: (DIES_SERVING,),
     Point.COLLECTED: (Scenario("operator", partial(collect, ask=by_command)),),
     Point.DELETED: (Scenario("aggregator", partial(collect, ask=by_task)),),

@@ -34,7 +34,7 @@ def test_the_commands_of_the_documentation_are_there() -> None:
     assert {f"fedqueue {name}" for name in expected.split()} <= ALL.keys()
     for noun, verbs in {
         "site": "run list",
-        "job": "create status history",
+        "job": "submit check schema list show pause resume stop status history",
         "data": "check split convert",
         "model": "list metrics pull",
         "deadletter": "list show requeue",

@@ -31,7 +31,7 @@ from storage.jobs import (
     save_dead_letter,
 )
 from storage.memory import MemoryStore
-from tasks.celery import ACCEPT, CREATE_JOB, KEEP_DEAD_LETTER, PUBLISH, ROUTING_KEYS, embedded_message
+from tasks.celery import ACCEPT, HANDLE_REQUEST, KEEP_DEAD_LETTER, PUBLISH, ROUTING_KEYS, embedded_message
 from tasks.deadletters import MAX_KEPT_BYTES, dead_letter, keep, keep_update, requeue, task_of
 from tests.factories import client_update
 
@@ -220,7 +220,7 @@ def sent_by(store: MemoryStore, letter: DeadLetter) -> tuple[str, Mapping[str, s
 
 def test_an_update_is_sent_as_the_ingress_sends_it(store: MemoryStore) -> None:
     update = client_update()
-    letter = site_letter(replace(encode_update(update), headers={"task": CREATE_JOB, "CC": ["merge.x"]}))
+    letter = site_letter(replace(encode_update(update), headers={"task": HANDLE_REQUEST, "CC": ["merge.x"]}))
     save_dead_letter(store, letter)
     task, arguments = sent_by(store, letter)
     assert task == ACCEPT
@@ -280,7 +280,7 @@ STAY: dict[str, tuple[DeadLetter, str]] = {
     "no key of ours": (site_letter(replace(GOOD, routing_key="heartbeats.site-a")), "wrong-routing-key"),
     "a site that names a task": (
         site_letter(
-            Message(routing_key=ROUTING_KEYS[CREATE_JOB], type="", body=json.dumps([[], {}, {}]).encode())
+            Message(routing_key=ROUTING_KEYS[HANDLE_REQUEST], type="", body=json.dumps([[], {}, {}]).encode())
         ),
         "wrong-routing-key",
     ),
@@ -289,7 +289,7 @@ STAY: dict[str, tuple[DeadLetter, str]] = {
     "task with a list": (celery_letter(PUBLISH, [[], {"job": ["toy"]}, EMBED]), "malformed-message"),
     "task of protocol 1": (celery_letter(PUBLISH, {"task": PUBLISH, "kwargs": {}}), "malformed-message"),
     "task of another name": (
-        celery_letter(PUBLISH, {"task": CREATE_JOB, "arguments": {}}),
+        celery_letter(PUBLISH, {"task": HANDLE_REQUEST, "arguments": {}}),
         "malformed-message",
     ),
     "task that there is none of": (celery_letter("x", [[], {}, EMBED], "merge.map"), "wrong-routing-key"),
