@@ -12,7 +12,6 @@ from rich.table import Table
 from broker.open import connect
 from cli.options import (
     BrokerUrl,
-    JobId,
     LiveUrl,
     StoreUrl,
     console,
@@ -27,14 +26,20 @@ from storage.liveness import open_liveness
 from storage.open import open_store
 
 if TYPE_CHECKING:
-    from producers.agent import Trainer
+    from producers.trainer import TrainerFactory
 
 app = typer.Typer(help="Run a site, or see which sites are there.", no_args_is_help=True)
 
 
 @app.command()
 def run(
-    job: JobId,
+    job: Annotated[
+        list[str] | None,
+        typer.Option(
+            envvar="FEDQUEUE_CLI_JOB",
+            help="work on this job alone, until it closes; may be repeated; none: on all that fit the policy",
+        ),
+    ] = None,
     site: Annotated[str | None, typer.Option(envvar=env_name("site"), help="this site's name")] = None,
     annotations: Annotated[
         Path | None, typer.Option(envvar=env_name("site_annotations"), help="annotation file or folder")
@@ -86,9 +91,11 @@ def run(
     broker_url: BrokerUrl = None,
     store_url: StoreUrl = None,
 ) -> None:
-    """Train for a job on this site's own images until the job closes. Only tensors and numbers leave.
+    """Train on this site's own images: for all jobs that fit its policy, or for those named, until they close.
 
-    Example: fedqueue site run --job street --site north --annotations coco.json --images frames/
+    Only tensors and numbers leave.
+
+    Example: fedqueue site run --site north --annotations coco.json --images frames/
     """
     log_to_stderr()
     settings = load(
@@ -114,28 +121,38 @@ def run(
 
     be_nice(settings.site_nice)
     try:
+        trainer_for, classes = _training(settings)
+        if settings.trainer and settings.site_classes is None and not job:
+            fail(
+                "nobody knows which classes the data of a trainer of your own hold: set FEDQUEUE_SITE_CLASSES, or "
+                "name the jobs with --job"
+            )
         agent = SiteAgent(
             settings,
-            job,
+            job or (),
             open_store(settings),
             lambda: connect(settings),
-            _trainer(settings),
+            trainer_for,
             stop_on_signals(),
             version("fedqueue"),
+            classes,
         )
         agent.run()
     except FedqueueError as exc:
         fail(exc)
 
 
-def _trainer(settings: Settings) -> Trainer:
+def _training(settings: Settings) -> tuple[TrainerFactory, frozenset[str] | None]:
+    """What trains here, and the classes that its data hold, if that is known."""
     if settings.trainer:
         from producers.custom_trainer import CustomTraining
 
-        return CustomTraining.from_settings(settings.trainer)
+        training = CustomTraining.from_settings(settings.trainer)
+        return lambda spec: training, None
     from producers.detection_trainer import DetectionTrainer
 
-    return DetectionTrainer.from_settings(settings)
+    detection = DetectionTrainer.from_settings(settings)
+    return detection.for_job, None if settings.site_classes is not None else detection.classes()
 
 
 @app.command("list")

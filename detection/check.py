@@ -91,6 +91,14 @@ def check(
     )
 
 
+def classes_of(path: Path, image_folder: Path | None = None, *, format: str | None = None) -> frozenset[str]:
+    """The classes that boxes of the data set have; no image is looked at. Raises BadDataset if it is none at all."""
+    source = formats.locate(path, format)
+    folder = image_folder if image_folder is not None else formats.find_images(source)
+    pictures = formats.FORMATS[source.format].read(source.path, folder).pictures
+    return frozenset(box.name for picture in pictures for box in picture.boxes)
+
+
 class _Judge:
     """Looks at one picture after the other and remembers what only shows across several."""
 

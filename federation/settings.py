@@ -23,8 +23,9 @@ from pydantic_settings import (
 
 from federation.base import describe
 from federation.errors import BadSettings
+from federation.hours import Hours
 from federation.ids import Name
-from federation.jobs import MAX_VERSION
+from federation.jobs import MAX_VERSION, ClassName
 from federation.plugins import is_path
 
 ENV_PREFIX = "FEDQUEUE_"
@@ -98,6 +99,31 @@ class Settings(BaseSettings):
         ge=0,
         lt=1,
         description="share of site_images, 0 to 1, to validate with instead; chosen by their content, never trained on",
+    )
+    site_classes: Annotated[tuple[ClassName, ...] | None, NoDecode] = Field(
+        default=None,
+        description="classes that this site's data have, with commas: a job with none of them is declined; none: "
+        "what its annotations hold",
+    )
+    site_all_classes: bool = Field(
+        default=False, description="decline a job, too, of whose classes this site's data lack one"
+    )
+    site_max_model_bytes: int | None = Field(
+        default=None, ge=1, description="bytes; jobs with a larger initial model are declined; none: no limit"
+    )
+    site_submitters: Annotated[tuple[Name, ...] | None, NoDecode] = Field(
+        default=None,
+        description='whose jobs are joined, with commas: sites, and "server" for operators; none: everybody\'s',
+    )
+    site_hours: str | None = Field(
+        default=None,
+        description="local hours in which trainings begin, such as 22:00-06:00; none: at any time",
+    )
+    site_max_load: float | None = Field(
+        default=None,
+        gt=0,
+        le=1000,
+        description="load average per core, over a minute, above which no training begins; none: no limit",
     )
     site_state: Path = Field(default=Path(".fedqueue/site"), description="folder of outbox and model cache")
     site_duty: float = Field(
@@ -202,6 +228,18 @@ class Settings(BaseSettings):
             if not is_path(str(path)):
                 raise ValueError(f"{path!r} is not an import path package.module:attribute")
         return paths
+
+    @field_validator("site_classes", "site_submitters", mode="before")
+    @classmethod
+    def _names(cls, value: object) -> object:
+        if not isinstance(value, str):
+            return value
+        return tuple(name.strip() for name in value.split(",") if name.strip())
+
+    @field_validator("site_hours")
+    @classmethod
+    def _hours(cls, value: str | None) -> str | None:
+        return None if value is None else str(Hours.parse(value))
 
     @model_validator(mode="after")
     def _liveness(self) -> Self:

@@ -1,6 +1,13 @@
 """The site agent: what runs beside a company's cameras. Only tensors and declared numbers leave it.
 
-agent.py              the loop: deliver, look, train, hand over; the Trainer port
+agent.py              the site: learns of jobs, answers them, lets one train at a time
+work.py               one job: deliver, look, measure, train
+policy.py             which jobs the site takes part in, and when it trains
+fairness.py           whose turn it is
+membership.py         joined or declined: told to the server until the bucket shows it
+turns.py              invitations that were used, and the interval between two trainings
+trainer.py            the Trainer port: all that the agent does not know of training
+problems.py           what the server may be told of a failure
 detection_trainer.py  local training of detectors behind that port
 custom_trainer.py     somebody else's training behind it
 validation.py         the images that a site measures with

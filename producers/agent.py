@@ -1,4 +1,8 @@
-"""The site agent: pull, train, name, keep, upload, publish, and again. docs/architecture.md follows one update.
+"""The site agent: it learns of jobs, answers them, and works for those that it has joined. docs/architecture.md.
+
+Each turn of its loop takes in what the server said, looks for jobs, delivers and reads the log for each job that is
+due, and then lets one job train: the one whose turn it is (fairness.py) among those that may. Control messages bring
+looks forward and nothing depends on them: without one, jobs and logs are looked at every RESYNC_EVERY polls.
 
 The agent holds no connection while it trains: each publish opens one and closes it, because a connection that
 is silent for the length of a training run is dead at its end without saying so.
@@ -6,358 +10,362 @@ is silent for the length of a training run is dead at its end without saying so.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import threading
 import time
-import zlib
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any, Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from broker import topology
 from broker.port import Broker
 from detection.gpu import gpu_figures
 from federation.errors import (
-    AccessDenied,
+    BadJob,
     BadMessage,
-    CorruptLog,
     FedqueueError,
     NotFound,
     Rejected,
     Transient,
 )
-from federation.ids import new_update_id
-from federation.jobs import Job, JobSpec
-from federation.keys import update_key
-from federation.points import Point, reach
+from federation.jobs import Job
+from federation.requests import DeclineJob, JoinJob
 from federation.settings import Settings
-from federation.types import ClientUpdate, Head
-from federation.wire import Delivery, JobClosed, decode_control
+from federation.wire import Answered, Control, JobAnnounced, decode_control
 from producers.backoff import Backoff
-from producers.delivery import Courier
-from producers.evaluation import LocalEvaluation
-from producers.follow import Follower
+from producers.fairness import FairShare
 from producers.heartbeat import Heartbeat
-from producers.local import LocalModel
-from producers.machine import MachineGauge
+from producers.machine import MachineGauge, load_per_core
+from producers.membership import Membership
 from producers.outbox import Outbox
+from producers.policy import Declined, Policy
+from producers.problems import public_refusal
+from producers.trainer import Trainer, TrainerFactory
+from producers.work import RESYNC_EVERY, Dropped, JobWork, Obsolete, Site, Stopped
 from storage.blob import BlobStore
+from storage.control import announced
 from storage.jobs import load_job
 from storage.log import VersionLog
-from storage.models import ModelCache
-from storage.tensors import TensorFile, decode
 
 log = logging.getLogger("fedqueue.site")
 
-CACHED_MODELS = 3
-RESYNC_EVERY = 5
-"""Looks at the store happen at every control message, and without one at every so-many-th poll."""
-
-PUBLIC = {"bad-job", "diverged", "negative-variance", "not-finite", "out-of-memory"}
-"""Failures whose words are about settings and tensors. Those of all others may name files or quote data: they go no
-further than the site's own log."""
-INSTEAD = {
-    "bad-dataset": "images cannot be read; the site's log names them",
-    "trainer-failed": "the site's own trainer raised an error; the site's log says which",
-}
+MAX_DETAIL = 200
 
 
-class Trained(Protocol):
-    """What training returns."""
+@dataclass
+class _Entry:
+    """A job that this site knows of. Times are of the monotonic clock.
 
-    @property
-    def weights(self) -> Mapping[str, NDArray[np.generic]]: ...
-    @property
-    def num_examples(self) -> int: ...
-    @property
-    def metrics(self) -> Mapping[str, float]: ...
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Where training is: gradient steps done of how many, and passes over the local images.
-
-    `left_out`: images that training does without because they cannot be read.
+    `access`, `training`: failures in a row to reach it, and to train for it; `trouble`: the last of them, in words.
+    `refusal`: why this site takes no part. `over`: there is nothing to do for it any more.
     """
 
-    step: int
-    steps: int
-    epoch: float
-    left_out: int = 0
+    job_id: str
+    access: Backoff
+    training: Backoff
+    not_before: float = 0.0
+    look_at: float = 0.0
+    membership: Membership | None = None
+    work: JobWork | None = None
+    refusal: Rejected | None = None
+    trouble: str = ""
+    over: bool = False
+
+    @property
+    def due_at(self) -> float:
+        return max(self.not_before, self.look_at)
 
 
-class Trainer(Protocol):
-    """Local training: everything that the agent does not know. `detection` brings the one for detectors."""
+@dataclass
+class _Jobs:
+    """By id, in the order in which the site learnt of them."""
 
-    def prepare(self, spec: JobSpec) -> None:
-        """Check the local data against the job. Raises BadDataset with every defect."""
-        ...
+    limit_s: float
+    entries: dict[str, _Entry] = field(default_factory=dict)
 
-    def train(
-        self,
-        spec: JobSpec,
-        weights: Mapping[str, NDArray[np.generic]],
-        *,
-        base_version: int,
-        seed: int,
-        on_progress: Callable[[Progress], None],
-    ) -> Trained:
-        """Run the job's plan from `weights`, all tensors of the model. Same arguments, same result on a CPU.
+    def add(self, job_id: str) -> None:
+        if job_id not in self.entries:
+            self.entries[job_id] = _Entry(job_id, Backoff(self.limit_s), Backoff(self.limit_s))
 
-        Raises Rejected or MemoryError if this attempt came to nothing; the agent makes another.
-        """
-        ...
+    def open(self) -> Iterator[_Entry]:
+        return (entry for entry in list(self.entries.values()) if not entry.over)
+
+    def works(self) -> list[JobWork]:
+        return [entry.work for entry in self.open() if entry.work is not None]
 
 
 class SiteAgent:
-    """One site working on one job, until the job closes or `stop` is set."""
+    """One site, until `stop` is set; with named jobs, until they are over."""
 
     def __init__(
         self,
         settings: Settings,
-        job_id: str,
+        jobs: Sequence[str],
         store: BlobStore,
         connect: Callable[[], Broker],
-        trainer: Trainer,
+        trainer_for: TrainerFactory,
         stop: threading.Event,
         agent_version: str = "",
+        classes: Collection[str] | None = None,
     ) -> None:
+        """`jobs`: these and no others; none: all that fit the site's policy. `classes`: those that its data hold;
+        None: not known."""
         assert settings.site is not None
-        self.site, self.job_id = settings.site, job_id
-        self._settings, self._store, self._stop, self._trainer = settings, store, stop, trainer
-        self._folder = settings.site_state / job_id
+        self.site = settings.site
+        self._settings, self._store, self._stop, self._trainer_for = settings, store, stop, trainer_for
+        self._named = tuple(jobs)
+        self._policy = Policy.from_settings(settings, classes)
         self._broker = connect()
-        self._outbox = Outbox(self._folder)
-        self._courier = Courier(self._outbox, store, self._broker)
-        self._follower = Follower(VersionLog(store, job_id), self._outbox)
-        self._backoff = Backoff(settings.backoff_limit_s)
         gauge = MachineGauge(partial(gpu_figures, settings.device))
         self._heartbeat = Heartbeat(
             self.site, connect, settings.heartbeat_s, settings.heartbeat_ttl_s, gauge.read
         )
-        self._heartbeat.update(job=job_id, agent_version=agent_version)
-        self._attempts: dict[int, int] = {}
-        self._failed_attempts = 0
-        self._epochs = 0.0
-        self._next_hint = 0.0
-        self._evaluation: LocalEvaluation | None = None
+        self._heartbeat.update(
+            job=self._named[0] if len(self._named) == 1 else None, agent_version=agent_version
+        )
+        self._shared = Site(self.site, settings, store, self._broker, self._heartbeat, stop, self._listen)
+        self._jobs = _Jobs(settings.backoff_limit_s)
+        for job_id in self._named:
+            self._jobs.add(job_id)
+        self._fair = FairShare()
+        self._confirmed = 0
+        self._announced_at = 0.0
+        self._listening, self._looking = Backoff(settings.backoff_limit_s), Backoff(settings.backoff_limit_s)
+        self._deaf_until = 0.0
 
     def run(self) -> None:
-        """Raises Fatal if this site cannot take part (credentials, settings), BadDataset for its data."""
+        """Raises Fatal if this site cannot take part (credentials, settings); if it takes part in none of the jobs
+        that were named, the reason of the first, such as BadDataset for its data."""
         with self._heartbeat:
             try:
-                job = self._persist(self._find_job)
-                if job is None:
-                    return
-                self._trainer.prepare(job.spec)
-                model = LocalModel(
-                    job, self._store, ModelCache(self._folder / "models", CACHED_MODELS), self._folder
-                )
-                self._evaluation = LocalEvaluation.of(
-                    self.site, model, self._broker, self._trainer, self._measuring
-                )
-                if self._evaluation is not None:
-                    self._follower.on_record = self._evaluation.saw
-                while not self._stop.is_set():
-                    if self._persist(lambda: self._step(job, model)):
-                        break
+                while not self._stop.is_set() and not self._is_over():
+                    self._turn()
+            except Stopped:
+                log.info("told to stop")
             finally:
                 self._broker.close()
+        refusals = [entry.refusal for entry in self._jobs.entries.values() if entry.refusal is not None]
+        if self._named and len(refusals) == len(self._named):
+            raise refusals[0]
 
-    # --- one turn ------------------------------------------------------------------------------------------
+    def _is_over(self) -> bool:
+        return bool(self._named) and not any(True for _ in self._jobs.open())
 
-    def _step(self, job: Job, model: LocalModel) -> bool:
-        """Deliver what waits, look, and train or wait. True: the job is closed and nothing is owed."""
-        self._heartbeat.update(outbox=sum(1 for _ in self._outbox.waiting()))
-        self._courier.deliver()
-        self._heartbeat.update(outbox=0, updates=self._courier.confirmed)
-        head = self._follower.look()
-        while self._evaluation is not None and self._evaluation.turn():
-            head = self._follower.look()  # that took a while
-            if head.closed is None:
-                break  # the last version is measured, too; before that, no evaluation follows another
-        owed = len(self._outbox.sent())
-        if head.closed and not owed:
-            log.info("the job is closed: %s", head.closed)
-            return True
-        if head.closed or owed >= job.spec.inflight_limit:
-            self._courier.republish()
-            self._wait(f"for {owed} sent updates to be merged")
+    def _turn(self) -> None:
+        self._listen()
+        self._look_for_jobs()
+        not_now = self._policy.not_now(datetime.now().time(), load_per_core())
+        for entry in self._jobs.open():
+            if entry.due_at <= time.monotonic():
+                self._persist(entry, entry.access, partial(self._tend, entry, not_now is None))
+        chosen = self._choose() if not_now is None else None
+        if chosen is not None:
+            self._train(chosen)
         else:
-            self._train(job, model, head)
-        return False
+            self._wait(not_now)
 
-    def _train(self, job: Job, model: LocalModel, head: Head) -> None:
-        """One local training and its entry in the outbox. The next turn delivers it."""
-        base = head.version
-        self._heartbeat.update(state="pulling", base_version=base, detail="")
-        version = self._pull(model, head)
-        weights = model.assemble(version)
-        self._heartbeat.update(state="training", step=0, steps=0)
-        log.info("training from version %d", base)
-        attempt = self._attempts.get(base, 0)
-        self._attempts = {base: attempt + 1}
-        self._next_hint = 0.0
-        dropped: Dropped | None = None
+    # --- jobs ----------------------------------------------------------------------------------------------
+
+    def _look_for_jobs(self) -> None:
+        if self._named or time.monotonic() < self._announced_at:
+            return
         try:
-            trained = self._trainer.train(
-                job.spec,
-                weights,
-                base_version=base,
-                seed=training_seed(job.spec.plan.seed, self.site, base, attempt),
-                on_progress=self._progress,
-            )
-            reach(Point.TRAINED)
-            arrays = dict(trained.weights)
-            payload = model.payload(version, arrays)
-            decode(payload, version.layout)  # as the server will: it would refuse what is broken
-        except (Rejected, MemoryError) as exc:
-            dropped = self._dropped(exc)
-        if dropped is not None:
-            raise dropped  # out here, because the failure's traceback may hold every tensor of a step
-        self._epochs = self._heartbeat.status.epoch
-        update = self._describe(job, base, trained, payload)
-        model.keep_norm(version, arrays)
-        self._heartbeat.update(state="uploading")
-        self._outbox.put(update, payload)
-        log.info("update %s: finished, %s", update.update_id, _metrics(trained))
+            for job_id in announced(self._store):
+                self._jobs.add(job_id)
+        except Transient as exc:
+            seconds = self._looking.next_s()
+            log.warning("looking for jobs: waiting %.1f s: %s", seconds, exc)
+            self._announced_at = time.monotonic() + seconds
+        else:
+            self._looking.reset()
+            self._announced_at = self._later()
 
-    def _dropped(self, exc: Rejected | MemoryError) -> Dropped:
-        """Report an attempt that came to nothing; nothing of it is sent."""
-        self._failed_attempts += 1
-        reason = exc.reason if isinstance(exc, Rejected) else "out-of-memory"
-        words = str(exc) or "the memory of this machine is not enough"
-        self._report(reason, words if reason in PUBLIC else INSTEAD.get(reason, "the site's log says why"))
-        self._heartbeat.update(dropped=self._failed_attempts)
-        return Dropped(f"attempt dropped ({reason}), another follows: {words}")
+    def _tend(self, entry: _Entry, compute: bool) -> None:
+        """Everything for one job but training."""
+        if entry.work is None and entry.refusal is None:
+            self._begin(entry)
+        if entry.membership is not None:
+            entry.membership.tend()
+            if entry.membership.refused and entry.work is not None:
+                entry.work.barred = f"the server refused this site: {entry.membership.refused}"
+        if entry.work is not None:
+            self._count_outbox()
+            entry.work.tend(compute)
+            self._count_outbox()
+        entry.look_at = self._later()
+        self._conclude(entry)
 
-    def _report(self, kind: str, words: str) -> None:
-        self._heartbeat.update(problem=f"{kind}: {words}"[:200], problem_at=datetime.now(UTC))
+    def _conclude(self, entry: _Entry) -> None:
+        if entry.work is not None and not entry.work.is_over:
+            return
+        if entry.refusal is not None and entry.membership is not None and not self._named:
+            entry.over = entry.membership.settled
+        else:
+            entry.over = True
+        if entry.over and entry.work is not None:
+            self._confirmed += entry.work.confirmed
+            entry.work = None
+            self._fair.forget(entry.job_id)
 
-    def _pull(self, model: LocalModel, head: Head) -> TensorFile:
-        """The head's model. Raises Transient if it is gone because this site slept since it looked."""
+    def _begin(self, entry: _Entry) -> None:
+        """Find out whether the job is ours, join or decline, and prepare to work."""
         try:
-            return model.pull(head.current.model)
-        except (NotFound, AccessDenied) as exc:  # a site's account is not told which of the two it is
-            if self._follower.look().current != head.current:
-                raise Transient(f"version {head.version} is not kept any more: taking a newer one") from exc
-            if isinstance(exc, NotFound):
-                raise CorruptLog(f"version {head.version} is the newest, but its model is missing") from exc
-            raise
+            job = load_job(self._store, entry.job_id)
+            head = VersionLog(self._store, entry.job_id).head().head
+        except NotFound as exc:
+            raise Transient(f"job {entry.job_id!r} does not exist yet") from exc
+        if job.spec.participants is not None and self.site not in job.spec.participants:
+            entry.refusal = BadJob(f"job {job.id} names its participants, and {self.site} is none of them")
+            return
+        if head.closed is not None and not self._named:
+            entry.work = self._leftovers(job)
+            return
+        try:
+            trainer = self._prepare(job)
+        except Rejected as exc:
+            log.warning("%s: declined: %s", job.id, exc)
+            entry.refusal, entry.work = exc, None if self._named else self._leftovers(job)
+            if head.closed is None:
+                entry.membership = self._answer(DeclineJob(job=job.id, reason=public_refusal(exc)))
+            return
+        entry.work = JobWork(self._shared, job, trainer)
+        if head.closed is None:
+            entry.membership = self._answer(self._joining(job, trainer))
 
-    def _describe(self, job: Job, base: int, trained: Trained, payload: bytes) -> ClientUpdate:
-        update_id = new_update_id()
-        return ClientUpdate(
-            update_id=update_id,
-            job=job.id,
-            site=self.site,
-            base_version=base,
-            num_examples=trained.num_examples,
-            payload_kind=job.spec.aggregation.payload_kind,
-            payload_key=update_key(job.id, self.site, update_id),
-            payload_sha256=hashlib.sha256(payload).hexdigest(),
-            payload_bytes=len(payload),
-            metrics=dict(trained.metrics),
-            created_at=datetime.now(UTC),
+    def _prepare(self, job: Job) -> Trainer:
+        """Raises Rejected: this site takes no part in the job."""
+        objection = self._policy.objection(job)
+        if objection is not None:
+            raise Declined(objection)
+        trainer = self._trainer_for(job.spec)
+        trainer.prepare(job.spec)
+        return trainer
+
+    def _joining(self, job: Job, trainer: Trainer) -> JoinJob:
+        """What this site says when it joins."""
+        return JoinJob(job=job.id, num_images=trainer.num_images)
+
+    def _answer(self, what: JoinJob | DeclineJob) -> Membership:
+        return Membership(self.site, what, self._store, self._broker)
+
+    def _leftovers(self, job: Job) -> JobWork | None:
+        """Work without training, if an earlier run has left something to deliver or to hear of."""
+        outbox = Outbox(self._shared.folder(job.id))
+        left = bool(outbox.sent()) or any(True for _ in outbox.waiting())
+        return JobWork(self._shared, job, None) if left else None
+
+    # --- training ------------------------------------------------------------------------------------------
+
+    def _choose(self) -> _Entry | None:
+        now = time.monotonic()
+        may = {
+            entry.job_id: entry
+            for entry in self._jobs.open()
+            if entry.not_before <= now and entry.work is not None and entry.work.idle_because() is None
+        }
+        chosen = self._fair.pick(may)
+        return None if chosen is None else may[chosen]
+
+    def _train(self, entry: _Entry) -> None:
+        work = entry.work
+        assert work is not None
+        began = time.monotonic()
+        try:
+            self._persist(entry, entry.training, work.train)
+        finally:
+            self._fair.charge(entry.job_id, time.monotonic() - began)
+        for other in self._jobs.open():
+            other.look_at = 0.0
+
+    def _count_outbox(self) -> None:
+        works = self._jobs.works()
+        self._heartbeat.update(
+            outbox=sum(work.waiting for work in works),
+            updates=self._confirmed + sum(work.confirmed for work in works),
         )
 
-    def _progress(self, progress: Progress) -> None:
-        self._heartbeat.update(step=progress.step, steps=progress.steps, epoch=self._epochs + progress.epoch)
-        if progress.step == 0 and progress.left_out:
-            self._report(
-                "bad-dataset",
-                f"images that cannot be read and are left out: {progress.left_out}; the site's log names them",
-            )
-        if self._stop.is_set():
-            raise Stopped
-        if time.monotonic() > self._next_hint:
-            self._next_hint = time.monotonic() + RESYNC_EVERY * self._settings.poll_s
-            if self._is_closed():
-                raise Closed
-
-    def _measuring(self, images: int, of: int) -> None:
-        self._heartbeat.update(state="evaluating", step=images, steps=of, detail="")
-        if self._stop.is_set():
-            raise Stopped
-
-    def _is_closed(self) -> bool:
-        """Asked in the middle of training: work for a closed job would be thrown away. A hint is enough."""
+    def _persist(self, entry: _Entry, backoff: Backoff, action: Callable[[], None]) -> None:
+        """Take a step for a job. An outage is waited out, saying in one line what for; other jobs go on meanwhile."""
         try:
-            hints = self._broker.drain(topology.control_queue(self.site))
-        except Transient:
-            return False
-        return any(_closes(hint, self.job_id) for hint in hints)
+            action()
+        except Obsolete as exc:
+            log.info("%s: %s: this attempt is dropped", entry.job_id, exc)
+            return
+        except Stopped:
+            raise
+        except Transient as exc:
+            seconds = backoff.next_s()
+            log.warning("%s: waiting %.1f s: %s", entry.job_id, seconds, exc)
+            entry.trouble = "before another attempt" if isinstance(exc, Dropped) else str(exc)
+        except FedqueueError as exc:
+            if len(self._named) == 1:
+                raise
+            seconds = backoff.next_s()
+            log.error("%s: waiting %.1f s: %s: %s", entry.job_id, seconds, type(exc).__name__, exc)
+            entry.trouble = f"{type(exc).__name__}; the site's log says more"
+            self._heartbeat.update(problem=f"{entry.job_id}: {entry.trouble}", problem_at=datetime.now(UTC))
+        else:
+            backoff.reset()
+            entry.trouble = ""
+            return
+        entry.not_before = time.monotonic() + seconds
 
     # --- waiting -------------------------------------------------------------------------------------------
 
-    def _wait(self, why: str) -> None:
-        """Until the server says something, or long enough to look anyway."""
-        self._heartbeat.update(state="waiting", detail=why)
-        for _ in range(RESYNC_EVERY):
-            if self._stop.wait(self._settings.poll_s):
-                return
-            if self._broker.drain(topology.control_queue(self.site)):
-                return
+    def _wait(self, not_now: str | None) -> None:
+        """Until the next poll, or before if a job is due."""
+        reasons = {
+            entry.job_id: entry.trouble or (entry.work and entry.work.idle_because()) or not_now or ""
+            for entry in self._jobs.open()
+            if entry.work is not None or entry.trouble
+        }
+        if len(reasons) == 1:
+            ((job, detail),) = reasons.items()
+            self._heartbeat.update(state="waiting", job=job, detail=detail[:MAX_DETAIL])
+        elif reasons:
+            detail = "; ".join(f"{job}: {why}" for job, why in reasons.items())
+            self._heartbeat.update(state="waiting", job=None, base_version=None, detail=detail[:MAX_DETAIL])
+        else:
+            self._heartbeat.update(state="idle", job=None, base_version=None, detail="for a job")
+        due_at = [entry.due_at for entry in self._jobs.open()]
+        if not self._named:
+            due_at.append(self._announced_at)
+        until_due = min(due_at, default=0.0) - time.monotonic()
+        self._stop.wait(max(0.0, min(self._settings.poll_s, until_due)))
 
-    def _find_job(self) -> Job:
+    def _listen(self) -> None:
+        """Take in what the server said. That it cannot be heard just now delays looks, and nothing else."""
+        if time.monotonic() < self._deaf_until:
+            return
         try:
-            return load_job(self._store, self.job_id)
-        except NotFound as exc:
-            raise Transient(f"job {self.job_id!r} does not exist yet") from exc
-
-    def _persist(self, action: Callable[[], Any]) -> Any:
-        """Do `action` until it succeeds; an outage is waited out, saying in one line what for."""
-        while not self._stop.is_set():
+            deliveries = self._broker.drain(topology.control_queue(self.site))
+        except Transient as exc:
+            seconds = self._listening.next_s()
+            log.warning("waiting %.1f s to hear the server: %s", seconds, exc)
+            self._deaf_until = time.monotonic() + seconds
+            return
+        self._listening.reset()
+        for delivery in deliveries:
             try:
-                result = action()
-            except Stopped:
-                return None
-            except Closed:
-                log.info("the job closed while training for it: this attempt is dropped")
-                return None
-            except Transient as exc:
-                seconds = self._backoff.next_s()
-                log.warning("waiting %.1f s: %s", seconds, exc)
-                why = "before another attempt" if isinstance(exc, Dropped) else str(exc)
-                self._heartbeat.update(state="waiting", detail=why[:200])
-                self._stop.wait(seconds)
-            else:
-                self._backoff.reset()
-                return result
-        return None
+                self._hear(decode_control(delivery))
+            except BadMessage as exc:
+                log.warning("control message dropped: %s", exc)
 
+    def _hear(self, control: Control) -> None:
+        """A hint: bring the look forward that it is about."""
+        if isinstance(control, Answered):
+            for entry in self._jobs.open():
+                if entry.membership is not None and entry.membership.request_id == control.request_id:
+                    entry.look_at = 0.0
+            return
+        if isinstance(control, JobAnnounced):
+            self._announced_at = 0.0
+        known = self._jobs.entries.get(control.job)
+        if known is not None:
+            known.look_at = 0.0
+            if known.work is not None:
+                known.work.hinted = True
 
-class Dropped(Transient):
-    """An attempt at training came to nothing; another follows."""
-
-
-class Stopped(FedqueueError):
-    """The agent was told to stop in the middle of training; the attempt is dropped."""
-
-
-class Closed(FedqueueError):
-    """The job closed in the middle of training; the attempt is dropped."""
-
-
-def _closes(hint: Delivery, job_id: str) -> bool:
-    try:
-        control = decode_control(hint)
-    except BadMessage as exc:
-        log.warning("control message dropped: %s", exc)
-        return False
-    return isinstance(control, JobClosed) and control.job == job_id
-
-
-def training_seed(plan_seed: int, site: str, base_version: int, attempt: int) -> int:
-    """The same training twice gives the same update; another attempt from the same version, another order."""
-    return zlib.crc32(f"{plan_seed}/{site}/{base_version}/{attempt}".encode())
-
-
-def _metrics(trained: Trained) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in trained.metrics.items())
+    def _later(self) -> float:
+        return time.monotonic() + RESYNC_EVERY * self._settings.poll_s

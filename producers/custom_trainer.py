@@ -32,7 +32,7 @@ from federation.base import describe
 from federation.errors import BadPayload, BadSettings, FedqueueError, Rejected
 from federation.jobs import JobSpec, TrainingPlan
 from federation.types import Metrics
-from producers.agent import Progress
+from producers.trainer import Progress
 
 log = logging.getLogger("fedqueue.site")
 
@@ -94,6 +94,11 @@ class CustomTraining:
     def prepare(self, spec: JobSpec) -> None:
         """The trainer's data are its own business."""
         log.info("architecture %s, trained by %s", spec.arch, self.name)
+
+    @property
+    def num_images(self) -> int:
+        """Unknown."""
+        return 0
 
     def train(
         self,

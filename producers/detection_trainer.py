@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from detection import engine
 from detection.cache import DiskCache, MemoryCache
+from detection.check import classes_of
 from detection.dataset import DEFAULT_CACHE_BYTES, Dataset, load_dataset
 from detection.evaluate import Evaluated, evaluate
 from detection.recheck import PresentImages
@@ -21,7 +23,7 @@ from detection.weights import module_for
 from federation.errors import BadDataset, BadSettings
 from federation.jobs import JobSpec
 from federation.settings import Settings
-from producers.agent import Progress, Trained
+from producers.trainer import Progress, Trained
 from producers.validation import Validation
 
 DECODED = ".decoded"
@@ -46,6 +48,8 @@ class DetectionTrainer:
     disk_cache: tuple[Path, int] | None = None
     validation: Validation = field(default_factory=Validation)
     device: str = "cpu"
+    _memory: MemoryCache[Any] | None = None
+    _disk: DiskCache | None = None
     _validation: Dataset | None = None
     _dataset: Dataset | None = None
     _present: PresentImages | None = None
@@ -73,22 +77,41 @@ class DetectionTrainer:
             pick_device(settings.device),
         )
 
+    def for_job(self, spec: JobSpec) -> DetectionTrainer:
+        """A trainer like this one. All share the caches, whose bounds are the site's and not a job's."""
+        self._open_caches()
+        return replace(self, _validation=None, _dataset=None, _present=None, _optimizer_state=None)
+
+    def classes(self) -> frozenset[str]:
+        """Of the boxes in the annotations. Raises BadDataset if these are none."""
+        return classes_of(self.annotations, self.images, format=self.format)
+
     def prepare(self, spec: JobSpec) -> None:
         """Before any training starts: raises BadJob for an architecture that this machine cannot make, BadDataset
         with every defect of the data.
         """
         module_for(spec)
+        self._open_caches()
         dataset = load_dataset(
             self.annotations,
             self.images,
             spec.classes,
             format=self.format,
-            cache=MemoryCache(self.cache_bytes),
-            disk=None if self.disk_cache is None else DiskCache(*self.disk_cache),
+            cache=self._memory,
+            disk=self._disk,
         )
         self._dataset, self._validation = self.validation.apart(dataset, spec.classes)
         log.info("%d images, %d bytes that stay here", self._dataset.num_examples, self._dataset.image_bytes)
         self._present = PresentImages(self._dataset)
+
+    def _open_caches(self) -> None:
+        if self._memory is None:
+            self._memory = MemoryCache(self.cache_bytes)
+            self._disk = None if self.disk_cache is None else DiskCache(*self.disk_cache)
+
+    @property
+    def num_images(self) -> int:
+        return 0 if self._dataset is None else self._dataset.num_examples
 
     def train(
         self,

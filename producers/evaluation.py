@@ -100,6 +100,11 @@ class LocalEvaluation:
         if due and after.version != self._last:
             self._due = after.current
 
+    @property
+    def is_due(self) -> bool:
+        """A version waits to be measured."""
+        return self._due is not None and not self._refused
+
     def turn(self) -> bool:
         """Measure what is due, and report it. False: nothing was due.
 

@@ -10,9 +10,9 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from federation.types import Closed, Head, LogRecord, Published, Refused
+from federation.types import Closed, Head, LogRecord, Published
 from producers.outbox import Outbox
-from storage.log import VersionLog
+from storage.log import VersionLog, refusals
 
 log = logging.getLogger("fedqueue.site")
 
@@ -56,14 +56,9 @@ class Follower:
                         *(contribution.update.update_id, contribution.version),
                         *(contribution.staleness, contribution.weight),
                     )
-            refusals = event.refused
-        elif isinstance(event, Refused):
-            refusals = (event.refusal,)
-        else:
-            refusals = ()
-            if isinstance(event, Closed):
-                log.info("the job is closed: %s", event.reason)
-        for refusal in refusals:
+        elif isinstance(event, Closed):
+            log.info("%s: the job is closed: %s", record.job, event.reason)
+        for refusal in refusals(event):
             if self.outbox.settle(refusal.update.update_id):
                 log.warning(
                     "update %s: rejected (%s): %s", refusal.update.update_id, refusal.reason, refusal.message

@@ -41,6 +41,11 @@ class MachineGauge:
         return min(1.0, max(0.0, (now[0] - before[0]) / (now[1] - before[1])))
 
 
+def load_per_core() -> float | None:
+    """Load average over one minute, per core; None where nobody counts it."""
+    return Machine(load=_load(), cores=os.cpu_count()).load_per_core
+
+
 def _load() -> float | None:
     try:
         return os.getloadavg()[0]

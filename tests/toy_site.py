@@ -15,7 +15,8 @@ from broker.open import connect
 from cli.options import log_to_stderr, stop_on_signals
 from federation.jobs import JobSpec
 from federation.settings import Settings
-from producers.agent import Progress, SiteAgent
+from producers.agent import SiteAgent
+from producers.trainer import Progress
 from storage.open import open_store
 
 
@@ -32,6 +33,7 @@ class ToyTrainer:
 
     seconds: float = 0.0
     bases: list[int] = field(default_factory=list)
+    num_images: int = 10
 
     def prepare(self, spec: JobSpec) -> None:
         pass
@@ -57,7 +59,9 @@ class ToyTrainer:
 
 
 def agent(settings: Settings, job: str, trainer: ToyTrainer, stop: threading.Event) -> SiteAgent:
-    return SiteAgent(settings, job, open_store(settings), lambda: connect(settings), trainer, stop)
+    return SiteAgent(
+        settings, [job], open_store(settings), lambda: connect(settings), lambda spec: trainer, stop
+    )
 
 
 if __name__ == "__main__":

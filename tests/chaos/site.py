@@ -28,7 +28,8 @@ from federation.faults import QUEUES, READS, WRITES, Fault, FaultPlan, Seeded
 from federation.jobs import JobSpec
 from federation.settings import Settings
 from federation.wire import Delivery, Message
-from producers.agent import Progress, SiteAgent
+from producers.agent import SiteAgent
+from producers.trainer import Progress
 from storage.faulty import FaultyStore
 from storage.open import open_store
 from tests.chaos.journal import Journal
@@ -87,6 +88,7 @@ class NoiseTrainer:
 
     idle: Path
     rng: random.Random
+    num_images: int = 10
 
     def prepare(self, spec: JobSpec) -> None:
         pass
@@ -126,7 +128,7 @@ def agent(settings: Settings, job: str, seed: int, idle: Path, stop: threading.E
 
     store = FaultyStore(open_store(settings), JournalledPlan(store_plan, "store", faults), delay_s=DELAY_S)
     trainer = NoiseTrainer(idle, random.Random(seed + 2))
-    return SiteAgent(settings, job, store, connected, trainer, stop)
+    return SiteAgent(settings, [job], store, connected, lambda spec: trainer, stop)
 
 
 if __name__ == "__main__":

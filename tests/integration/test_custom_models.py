@@ -168,7 +168,9 @@ def test_a_trainer_of_ones_own_for_a_built_in_detector(server: Server, tmp_path:
     settings = site_settings(server, "site-a", tmp_path)
     stop = threading.Event()
     trainer = CustomTraining("halve", Halve())
-    agent = SiteAgent(settings, "halved", server.store, lambda: server.as_site("site-a"), trainer, stop)
+    agent = SiteAgent(
+        settings, ["halved"], server.store, lambda: server.as_site("site-a"), lambda spec: trainer, stop
+    )
     thread = threading.Thread(target=agent.run)
     thread.start()
     until("the agent to end", lambda: not thread.is_alive())

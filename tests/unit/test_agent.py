@@ -55,7 +55,9 @@ class Deployment:
         self.version_0 = ref
         self.trainer = OneTraining()
         settings = Settings(site="site-a", site_state=folder, backoff_limit_s=0.01)
-        self.agent = SiteAgent(settings, "toy", store, self.connect, self.trainer, self.trainer.stop)
+        self.agent = SiteAgent(
+            settings, ["toy"], store, self.connect, lambda spec: self.trainer, self.trainer.stop
+        )
 
     def connect(self) -> SqliteBroker:
         return SqliteBroker(str(self.queue), lease_s=60, delivery_limit=20)

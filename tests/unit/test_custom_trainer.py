@@ -14,9 +14,9 @@ import pytest
 from cli.initial import first_weights
 from federation.errors import BadDataset, BadJob, BadPayload, BadSettings
 from federation.jobs import EvaluationPolicy, TrainingPlan
-from producers.agent import Progress
 from producers.custom_trainer import CustomMeasured, CustomTrained, CustomTraining, TrainerFailed
 from producers.evaluation import Evaluator
+from producers.trainer import Progress
 from storage.tensors import encode, from_arrays
 from tests.factories import Arrays, job_spec, toy_arrays
 

@@ -340,7 +340,12 @@ def run_site(
     settings = Settings(site="site-a", site_state=server.folder / "site", poll_s=0.01, backoff_limit_s=0.01)
     brokers = iter([broker])  # the heartbeat has one of its own
     agent = SiteAgent(
-        settings, "toy", store or server.store, lambda: next(brokers, server.connect()), trainer, trainer.stop
+        settings,
+        ["toy"],
+        store or server.store,
+        lambda: next(brokers, server.connect()),
+        lambda spec: trainer,
+        trainer.stop,
     )
     agent.run()
     server.work()

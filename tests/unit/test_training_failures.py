@@ -22,10 +22,11 @@ from federation.errors import BadDataset
 from federation.jobs import JobSpec, StopRule, TrainingPlan
 from federation.settings import Settings
 from federation.types import ClientUpdate, SiteStatus
-from producers.agent import Progress, SiteAgent, Trained, Trainer
+from producers.agent import SiteAgent
 from producers.custom_trainer import CustomTraining
 from producers.detection_trainer import DetectionTrainer
 from producers.outbox import Outbox
+from producers.trainer import Progress, Trained, Trainer
 from storage.memory import MemoryStore
 from storage.models import save_model
 from storage.tensors import decode, from_arrays
@@ -61,7 +62,7 @@ class Site:
         connect: Callable[[], SqliteBroker] = lambda: SqliteBroker(  # noqa: E731
             str(folder / "queue.db"), lease_s=60, delivery_limit=20
         )
-        self.agent = SiteAgent(settings, spec.id, store, connect, trainer, stop)
+        self.agent = SiteAgent(settings, [spec.id], store, connect, lambda spec: trainer, stop)
 
     @property
     def status(self) -> SiteStatus:
