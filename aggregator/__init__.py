@@ -6,6 +6,7 @@ numpy only. No I/O, no clock, no logging, no torch: everything here is a functio
     weighting     update + place in the queue -> Contribution (version, staleness, weight)
     decide        job + head + update -> Accept | Duplicate | Refuse
     transitions   head + event -> next head
+    selection     which sites an invited job asks to train now
     merge         Merge: folds verified payloads into the model, one at a time
     fedasync, fedbuff, fedavg, server_opt    one algorithm each: data plus functions
     statistics    BatchNorm running mean and variance as a mixture
