@@ -11,7 +11,7 @@ A site may be invited if it is connected, its load is at most `max_load`, it is 
 Whoever never had a turn comes before all others. Sources: a priority that grows with the time waited, at a rate of
 its own for each class (Kleinrock 1964, "A delay dependent queue discipline", Naval Research Logistics Quarterly
 11); the penalty on those that are too slow, and on them alone (Oort, Lai et al. 2021, arXiv 2010.06081, with α =
-2). docs/adr/0018-selection.md says what was weighed against it.
+2). docs/adr/0015-selection.md says what was weighed against it.
 
 Turns are in proportion to the weights: in the long run a site is invited whenever t·w reaches the same level θ, so
 every θ/w seconds. A site cannot have more turns than it has time for; the others share the rest.

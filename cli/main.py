@@ -4,7 +4,21 @@ from __future__ import annotations
 
 import typer
 
-from cli import audit, data, deadletter, demo, gc, job, model, predict, server, settings, site, worker
+from cli import (
+    audit,
+    data,
+    deadletter,
+    demo,
+    gc,
+    invitations,
+    job,
+    model,
+    predict,
+    server,
+    settings,
+    site,
+    worker,
+)
 
 app = typer.Typer(
     name="fedqueue",
@@ -15,6 +29,7 @@ app = typer.Typer(
 )
 app.command("demo")(demo.demo)
 app.add_typer(site.app, name="site")
+job.app.command("invitations")(invitations.invitations)
 app.add_typer(job.app, name="job")
 app.add_typer(model.app, name="model")
 app.add_typer(data.app, name="data")

@@ -47,8 +47,13 @@ class Invitation(Value):
     job: Name
     site: Name
     version: int = Field(ge=0, le=MAX_VERSION, description="the newest when it was invited")
-    invited_at: AwareDatetime
+    invited_at: AwareDatetime = Field(description="tells this invitation from others of the site")
     expires_at: AwareDatetime
+    expected_s: float | None = Field(
+        default=None,
+        ge=0,
+        description="seconds that the server expects it to take, by the site's earlier turns",
+    )
 
 
 class SiteKey(Value):

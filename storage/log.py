@@ -20,6 +20,7 @@ next: an account that may list only the log gets 403, not 404, for an object tha
 from __future__ import annotations
 
 import uuid
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 
@@ -161,6 +162,13 @@ class VersionLog:
             else:
                 high = middle
         return newest if low == newest.seq else self._get(low)
+
+    def first_since(self, at: datetime) -> int:
+        """The sequence number of the first record that was written at `at` or later; one above the newest if none was.
+
+        By the clocks of the writers. Reads few records.
+        """
+        return bisect_left(range(self.head().seq + 1), at, key=lambda seq: self._get(seq).at)
 
     def _commit(self, seq: int, event: Event, head: Head) -> LogRecord:
         record = self._unproven

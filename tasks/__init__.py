@@ -12,6 +12,7 @@ evaluate.py     fedqueue.evaluate_version  one version -> metrics on the held-ou
 jobs.py         a job that is submitted: job description -> job.json and version 0
 requests.py     fedqueue.handle_request    what a site or an operator asks: done and answered
 members.py      which sites take part in a job
+invite.py       which sites train next, in jobs that invite them
 steer.py        pause, resume, stop; promote, roll back, clear a quarantine
 closing.py      the end of a job
 oversee.py      fedqueue.oversee_jobs      what a job needs by the clock

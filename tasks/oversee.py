@@ -1,6 +1,7 @@
 """fedqueue.oversee_jobs: what a job needs by the clock. The ingress asks for it every `oversee_every_s`.
 
 enough sites have joined          tasks/members.py: it starts
+it chooses who trains             tasks/invite.py: as many sites as it wants are invited
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from federation.errors import FedqueueError, NotFound, Transient
 from federation.jobs import Job
 from federation.types import Head
 from storage.control import announced
-from tasks import celery, members
+from tasks import celery, invite, members
 from tasks.context import Context, current
 
 log = logging.getLogger("fedqueue.oversee")
 
 Step = Callable[[Context, Job, Head], None]
-STEPS: tuple[Step, ...] = (lambda context, job, head: members.start(context, job),)
+STEPS: tuple[Step, ...] = (lambda context, job, head: members.start(context, job), invite.invite)
 """Each gets an open job and its newest head, and must be harmless to repeat."""
 
 

@@ -7,7 +7,7 @@ import json
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -270,6 +270,16 @@ def test_a_stored_version_is_found_by_its_number(store: BlobStore) -> None:
             log.version(version)
     found = [log.first_at(version).seq for version in range(8)]
     assert found == [0, 3, 5, 5, 5, 7, 7, 7], "the newest where none has reached it"
+
+
+def test_records_are_found_by_the_time_at_which_they_were_written(store: BlobStore) -> None:
+    times = iter(AT + timedelta(seconds=s) for s in (0, 10, 10, 30))
+    log = VersionLog(store, JOB, clock=lambda: next(times))
+    record = log.create(head(0))
+    for version in (1, 2, 3):
+        record = log.append(record, Closed(reason="r"), head(version))
+    found = [log.first_since(AT + timedelta(seconds=s)) for s in (-1, 0, 1, 10, 11, 30, 31)]
+    assert found == [0, 0, 1, 1, 3, 3, 4]
 
 
 # --- what a bad network does -------------------------------------------------------------------------------
