@@ -11,6 +11,8 @@ from rich.markup import escape
 from cli.options import JobId, StoreUrl, console, fail, load
 from cli.predict import pull_version
 from federation.errors import FedqueueError
+from federation.settings import Settings
+from producers.offline import Pulled
 from storage.channels import LATEST, check_wanted
 from storage.files import replace_durably
 
@@ -41,11 +43,8 @@ def export(
             console.print(
                 f"[yellow]the store is away, from the cache:[/] {escape(pulled.away)}", highlight=False
             )
-        metadata = {"job": job, "version": str(pulled.version), "sha256": pulled.sha256}
-        if pulled.own_norm:
-            metadata["norm"] = f"BatchNorm layers of site {settings.site or 'here'}"
         with console.status("exporting and comparing"):
-            exported = export_onnx(pulled.job.spec, pulled.weights, metadata)
+            exported = export_onnx(pulled.job.spec, pulled.weights, metadata(settings, pulled))
         onnx.parent.mkdir(parents=True, exist_ok=True)
         replace_durably(onnx, exported.data)
     except FedqueueError as exc:
@@ -66,3 +65,11 @@ def export(
             highlight=False,
             soft_wrap=True,
         )
+
+
+def metadata(settings: Settings, pulled: Pulled) -> dict[str, str]:
+    """What the file says of itself (docs/export.md)."""
+    about = {"job": pulled.job.id, "version": str(pulled.version), "sha256": pulled.sha256}
+    if pulled.own_norm:
+        about["norm"] = f"BatchNorm layers of site {settings.site or 'here'}"
+    return about

@@ -161,20 +161,25 @@ def _check(inputs: Sequence[Input], nothing: Sequence[str], out: Path, drawing: 
 
 def pull_version(settings: Settings, job: str, version: str, offline: bool) -> Pulled:
     """The model, and where it is from."""
+    models, connect = known_models(settings, job)
+    if offline:
+        return models.from_cache(version, "the store was not asked (--offline)")
+    with errors.status("pulling the model"):
+        return models.pull(version, connect)
+
+
+def known_models(settings: Settings, job: str) -> tuple[OfflineModels, Callable[[], BlobStore]]:
+    """The job's models on this machine, and how to reach the store. Raises BadJob."""
     is_folder = settings.store_url.startswith("file:")
     folder = local_path(settings.store_url).absolute()
     url = f"file:{folder}" if is_folder else settings.store_url
-    models = OfflineModels(url, job, settings.predict_cache, settings.site_state / job)
-    if offline:
-        return models.from_cache(version, "the store was not asked (--offline)")
 
     def connect() -> BlobStore:
         if is_folder and not folder.is_dir():  # opening it would make an empty one
             raise StoreUnavailable(f"the store cannot be reached, there is no folder {folder}")
         return open_store(settings)
 
-    with errors.status("pulling the model"):
-        return models.pull(version, connect)
+    return OfflineModels(url, job, settings.predict_cache, settings.site_state / job), connect
 
 
 def _labels(classes: str | None, known: tuple[str, ...]) -> list[int] | None:

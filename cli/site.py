@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 
 from broker.open import connect
+from cli.deploy import deploy, deployed
 from cli.options import (
     BrokerUrl,
     LiveUrl,
@@ -199,3 +200,7 @@ def list_sites(live_url: LiveUrl = None) -> None:
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+app.command()(deploy)
+app.command()(deployed)

@@ -10,7 +10,7 @@
     predict   detection in files         draw     pictures for people       presets  plans known to work
     frames    images and videos          results  predictions.json
     recheck   images harmed since        threads  device, threads, memory
-    gpu       a GPU's memory
+    gpu       a GPU's memory             smoke    does a model work at all?
     held_out  what is never trained on   voc      VOC2010's precision       statistics what `data check` counts
     scenery   generated street views     scenes   and data sets of them
 

@@ -23,7 +23,7 @@ def check(module: nn.Module, num_classes: int, image_size: int) -> None:
     finally:
         module.load_state_dict(kept)  # BatchNorm has counted
     _check_losses(losses)
-    _check_found(found)
+    check_found(found, len(images))
 
 
 def _check_losses(losses: object) -> None:
@@ -34,8 +34,9 @@ def _check_losses(losses: object) -> None:
             raise BadJob(f"loss {name!r} must be a finite scalar tensor")
 
 
-def _check_found(found: object) -> None:
-    if not isinstance(found, list) or len(found) != 2:
+def check_found(found: object, images: int) -> None:
+    """Raises BadJob if this is no result of a detector for so many images."""
+    if not isinstance(found, list) or len(found) != images:
         raise BadJob("in use the architecture must return a list with one dict per image")
     for result in found:
         if not isinstance(result, dict) or not {"boxes", "labels", "scores"} <= result.keys():

@@ -58,7 +58,7 @@ def export_onnx(
     load_state(module, weights)
     detector = _OneImage(module.eval()).eval()
     side = spec.plan.image_size
-    batch = _noise(images, side)
+    batch = noise(images, side)
     plain = _to_onnx(spec.arch, detector, batch[:1])
     model = onnx.load_from_string(plain)
     contract = {
@@ -140,7 +140,7 @@ def _to_onnx(arch: str, detector: nn.Module, image: Tensor) -> bytes:
         raise BadJob(f"{arch} cannot be exported to ONNX: {type(exc).__name__}: {reason}") from exc
 
 
-def _noise(count: int, side: int) -> Tensor:
+def noise(count: int, side: int) -> Tensor:
     """[count, 3, side, side]: coarse and fine noise, bright and dark."""
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, 3, 8, 8, generator=generator)

@@ -17,6 +17,9 @@ delivery.py           upload, then publish
 follow.py             what the job's log says: newest version, what became of our updates
 local.py              from a stored version to weights and back to a payload (norm policy, differences)
 offline.py            versions to predict with, also while the store is away
+deployed.py           the folder that an inference process reads: versions, links, manifest, history
+deployment.py         keeps it what a channel says
+postcheck.py          is a deployed model fit for use?
 heartbeat.py          tells the server what this site is doing
 machine.py            ... and how busy its computer is
 backoff.py            how long to wait after a failure

@@ -21,7 +21,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from cli.main import app
-from detection.export import TOLERANCE, _noise, difference, export_onnx
+from detection.export import TOLERANCE, difference, export_onnx, noise
 from detection.registry import DEFAULT_ARCH
 from detection.threads import use_threads
 from detection.weights import Arrays, load_state, module_for, state
@@ -55,7 +55,7 @@ def lively(job: JobSpec) -> Arrays:
     for layer in module.modules():
         if isinstance(layer, nn.BatchNorm2d):
             layer.momentum = 0.5
-    images = _noise(2, SIDE)
+    images = noise(2, SIDE)
     targets = [
         {"boxes": torch.tensor([[8.0, 8, 40, 40]]) + i, "labels": torch.tensor([1 + i % 3])} for i in range(2)
     ]
@@ -92,7 +92,7 @@ def test_an_exported_detector_finds_the_same(arch: str) -> None:
     session = onnxruntime.InferenceSession(exported.data, providers=["CPUExecutionProvider"])
     module = module_for(spec(arch)).eval()
     load_state(module, weights)
-    picture = _noise(5, SIDE)[4:] ** 2
+    picture = noise(5, SIDE)[4:] ** 2
     with torch.inference_mode():
         (found,) = module(picture)
     boxes, labels, scores = session.run(["boxes", "labels", "scores"], {"image": picture.numpy()})
