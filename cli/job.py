@@ -6,11 +6,10 @@ from typing import Annotated, Literal
 
 import typer
 from pydantic import ValidationError
-from rich.table import Table
 
 from cli.asking import WaitS, ask
-from cli.figures import Figures
-from cli.joblist import list_jobs, show, state
+from cli.joblist import list_jobs, show
+from cli.metrics import metrics
 from cli.options import (
     BrokerUrl,
     JobArgument,
@@ -22,7 +21,7 @@ from cli.options import (
     no_job,
     printable,
 )
-from cli.shares import shares
+from cli.status import status
 from cli.submission import check, schema, submit
 from federation.base import findings
 from federation.errors import FedqueueError, NotFound
@@ -42,12 +41,8 @@ from federation.types import (
     Resumed,
     RolledBack,
 )
-from storage.jobs import list_evaluations, load_job
 from storage.log import VersionLog
 from storage.open import open_store
-
-MEASURED_SHOWN = 5
-"""Newest measured versions in `status`, and the best one."""
 
 app = typer.Typer(help="Submit jobs, look at them, steer them.", no_args_is_help=True)
 app.command()(submit)
@@ -55,6 +50,8 @@ app.command()(check)
 app.command()(schema)
 app.command("list")(list_jobs)
 app.command()(show)
+app.command()(status)
+app.command()(metrics)
 
 Reason = Annotated[
     str, typer.Option(envvar="FEDQUEUE_CLI_REASON", help="why, for everybody who reads the log")
@@ -122,49 +119,6 @@ def _steer(
     except ValidationError as exc:
         fail(*findings(exc))
     ask(settings, store, asked, wait_s)
-
-
-@app.command()
-def status(job: JobArgument, store_url: StoreUrl = None) -> None:
-    """Where a job stands: version, what waits, each site's share, the newest metrics and the best, bytes.
-
-    Example: fedqueue job status street
-    """
-    store = chosen_store(store_url)
-    try:
-        with console.status("reading the log"):
-            the_job = load_job(store, job)
-            records = list(VersionLog(store, job).history())
-            evaluations = list_evaluations(store, job)
-    except NotFound:
-        no_job(store, job)
-    except FedqueueError as exc:
-        fail(exc)
-    head = records[-1].head
-    console.print(f"[bold]{job}[/]  {the_job.spec.arch}, {the_job.spec.aggregation.strategy}")
-    console.print(
-        f"version {head.version} of {the_job.spec.stop.max_versions}, {len(head.pending)} updates waiting"
-    )
-    console.print(state(head), markup=False, highlight=False, soft_wrap=True)
-    figures = Figures.of(the_job.spec, head, evaluations)
-    if figures.measured:
-        measured = Table("version", "", *figures.headings(), box=None)
-        best = {figures.best.version} if figures.best is not None else set()
-        for version in sorted({*sorted(figures.measured)[-MEASURED_SHOWN:], *best}):
-            measured.add_row(str(version), figures.mark(version), *figures.row(version))
-        console.print(measured)
-        console.print()
-    table = Table("site", "merged", "rejected", "mean staleness", "sum of weights", "MB sent", box=None)
-    for site, share in sorted(shares(records).items()):
-        table.add_row(
-            site,
-            str(share.merged),
-            str(share.refused),
-            f"{share.mean_staleness:.2f}",
-            f"{share.weight:.2f}",
-            f"{share.sent_bytes / 1e6:.2f}",
-        )
-    console.print(table)
 
 
 @app.command()

@@ -7,29 +7,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from broker.open import connect
 from cli.deploy import deploy, deployed
 from cli.options import (
     BrokerUrl,
-    LiveUrl,
     StoreUrl,
-    console,
     fail,
     load,
     log_to_stderr,
     stop_on_signals,
 )
+from cli.sites import list_sites, show_site
 from federation.errors import FedqueueError
 from federation.settings import Settings, env_name
-from storage.liveness import open_liveness
 from storage.open import open_store
 
 if TYPE_CHECKING:
     from producers.trainer import TrainerFactory
 
 app = typer.Typer(help="Run a site, or see which sites are there.", no_args_is_help=True)
+app.command("list")(list_sites)
+app.command("show")(show_site)
+app.command()(deploy)
+app.command()(deployed)
 
 
 @app.command()
@@ -154,53 +155,3 @@ def _training(settings: Settings) -> tuple[TrainerFactory, frozenset[str] | None
 
     detection = DetectionTrainer.from_settings(settings)
     return detection.for_job, None if settings.site_classes is not None else detection.classes()
-
-
-@app.command("list")
-def list_sites(live_url: LiveUrl = None) -> None:
-    """Show the sites whose heartbeat is fresh, and below them what last went wrong in their training.
-
-    Example: fedqueue site list
-    """
-    settings = load(live_url=live_url)
-    try:
-        statuses = [seen.status for seen in open_liveness(settings).sites()]
-    except FedqueueError as exc:
-        fail(exc)
-    table = Table(
-        "site",
-        "state",
-        "job",
-        "from version",
-        "step",
-        "outbox",
-        "sent",
-        "dropped",
-        "last seen (UTC)",
-        box=None,
-    )
-    for status in statuses:
-        table.add_row(
-            status.site,
-            status.state,
-            status.job or "",
-            "" if status.base_version is None else str(status.base_version),
-            f"{status.step}/{status.steps}",
-            str(status.outbox),
-            str(status.updates),
-            str(status.dropped),
-            f"{status.at:%H:%M:%S}",
-        )
-    console.print(table)
-    for status in statuses:
-        if status.problem_at is not None:
-            console.print(
-                f"{status.site} at {status.problem_at:%H:%M:%S}: {status.problem}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
-
-
-app.command()(deploy)
-app.command()(deployed)

@@ -9,6 +9,7 @@ probe.py        does the store honour put-if-absent?
 access.py       what a site's S3 account may do, as a bucket policy
 faulty.py       any store, with faults made on purpose
 readonly.py     any store, to look at: asked again, never written
+metered.py      any store, and how much was read from it
 reading.py      reading values, and twice what looks broken
 
 tensors.py      safetensors files in canonical layout
@@ -17,6 +18,7 @@ jobs.py         job.json, evaluations, refusals, dead letters
 control.py      announcements, answers to requests, members, invitations
 best.py         which version is the best, from what was measured
 channels.py     which version is latest, best, stable
+account.py      what a job cost and brought, counted from the log
 log.py          the version log: append by compare-and-swap, read, follow
 retention.py    what may go, and how it goes
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import redis
 from pydantic import AwareDatetime
@@ -37,6 +37,7 @@ SLACK_S = 1.0
 """What a heartbeat may take on its way, and clocks may differ by."""
 
 Condition = Literal["connected", "silent", "gone"]
+CONDITIONS: tuple[Condition, ...] = get_args(Condition)
 
 
 @dataclass(frozen=True)

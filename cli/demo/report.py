@@ -14,12 +14,12 @@ from cli.demo.alone import Alone
 from cli.demo.data import DemoData
 from cli.demo.live import MAP_50, Watched
 from cli.options import console
-from cli.shares import Share, shares
 from detection.dataset import Dataset, load_dataset
 from detection.draw import contact_sheet, plot_map
 from detection.predict import predict
 from federation.settings import Settings
 from federation.types import MAP, Created, Published
+from storage.account import Account, accounts
 from storage.blob import BlobStore
 from storage.models import load_full_model
 
@@ -43,7 +43,7 @@ def report(
     """
     spec, version = watched.job.spec, watched.version
     final = watched.evaluations[version].metrics
-    share = shares(watched.records)
+    share = accounts(watched.records)
     datasets = {site: load_dataset(file, data.images, spec.classes) for site, file in data.sites.items()}
     image_bytes = {site: dataset.image_bytes for site, dataset in datasets.items()}
     _table(watched, alone, share, image_bytes, datasets)
@@ -74,7 +74,7 @@ def report(
         "federation": final,
         "federation_beats_every_site": beats,
         "alone": {site: asdict(result) for site, result in alone.items()},
-        "bytes_sent": {site: s.sent_bytes for site, s in share.items()},
+        "bytes_sent": {site: s.uploaded_bytes for site, s in share.items()},
         "image_bytes": image_bytes,
         "mean_staleness": {site: s.mean_staleness for site, s in share.items()},
         "seconds": seconds,
@@ -120,7 +120,7 @@ def _curve(watched: Watched) -> list[tuple[float, float]]:
 def _table(
     watched: Watched,
     alone: dict[str, Alone],
-    share: dict[str, Share],
+    share: dict[str, Account],
     image_bytes: dict[str, int],
     datasets: dict[str, Dataset],
 ) -> None:
@@ -138,7 +138,7 @@ def _table(
         "MB of images",
     ):
         table.add_column(column, justify="left" if not column else "right")
-    nothing = Share()
+    nothing = Account()
     for site, result in alone.items():
         s = share.get(site, nothing)
         table.add_row(
@@ -149,11 +149,11 @@ def _table(
             str(result.steps),
             str(s.merged),
             f"{s.mean_staleness:.2f}",
-            f"{s.sent_bytes / 1e6:.1f}",
+            f"{s.uploaded_bytes / 1e6:.1f}",
             f"{image_bytes[site] / 1e6:.1f}",
         )
     table.add_section()
-    sent, stayed = sum(s.sent_bytes for s in share.values()), sum(image_bytes.values())
+    sent, stayed = sum(s.uploaded_bytes for s in share.values()), sum(image_bytes.values())
     table.add_row(
         "federation",
         f"[bold green]{final[MAP_50]:.3f}[/]",

@@ -38,6 +38,7 @@ from storage.blob import BlobStore
 from storage.faulty import FaultyStore
 from storage.folder import FolderStore
 from storage.memory import MemoryStore
+from storage.metered import MeteredStore
 from storage.open import create_bucket, open_store
 from storage.probe import probe
 from storage.s3 import S3Store
@@ -64,7 +65,14 @@ def new_s3(server: Rgw) -> BlobStore:
 
 
 @pytest.fixture(
-    params=["memory", "folder", pytest.param("s3", marks=pytest.mark.s3), "faulty memory", "faulty folder"]
+    params=[
+        "memory",
+        "folder",
+        pytest.param("s3", marks=pytest.mark.s3),
+        "faulty memory",
+        "faulty folder",
+        "metered folder",
+    ]
 )
 def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
     made: BlobStore
@@ -75,6 +83,8 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
         made = FolderStore(tmp_path / "store")
     else:
         made = new_s3(request.getfixturevalue("s3_server"))
+    if wrapper == "metered":
+        return MeteredStore(made)
     return FaultyStore(made, Scripted()) if wrapper else made
 
 

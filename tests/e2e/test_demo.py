@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cli.shares import shares
 from federation.settings import CONFIG_ENV, Settings
 from federation.types import LogRecord, Published
+from storage.account import accounts
 from storage.blob import BlobStore
 from storage.log import VersionLog
 from storage.memory import MemoryStore
@@ -71,7 +71,7 @@ def assert_trained(folder: Path, store: BlobStore) -> list[LogRecord]:
     records = list(VersionLog(store, "generated").history())
     assert records[-1].head.closed is not None
     assert records[-1].head.version == VERSIONS
-    assert sum(share.merged for share in shares(records).values()) == VERSIONS
+    assert sum(account.merged for account in accounts(records).values()) == VERSIONS
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["version"] == VERSIONS
     assert summary["generated_data"] is True

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +11,6 @@ from typer.testing import CliRunner
 
 from cli.main import app
 from federation.settings import Settings, env_name
-from federation.types import SiteStatus
-from storage.liveness import FolderLiveness
 
 
 def commands(command: Any, path: str = "fedqueue") -> Iterator[tuple[str, Any]]:
@@ -33,8 +29,8 @@ def test_the_commands_of_the_documentation_are_there() -> None:
     expected = "demo predict ingress worker settings audit replay gc"
     assert {f"fedqueue {name}" for name in expected.split()} <= ALL.keys()
     for noun, verbs in {
-        "site": "run list",
-        "job": "submit check schema list show pause resume stop status history",
+        "site": "run list show",
+        "job": "submit check schema list show pause resume stop status metrics history",
         "data": "check split convert",
         "model": "list metrics pull",
         "deadletter": "list show requeue",
@@ -84,20 +80,3 @@ def test_an_unknown_job_is_named_beside_those_there_are(tmp_path: object) -> Non
     result = CliRunner().invoke(app, ["job", "status", "nowhere", "--store-url", f"file:{tmp_path}"])
     assert result.exit_code == 1
     assert "nowhere" in result.output
-
-
-def test_the_list_of_sites_shows_what_went_wrong_in_their_training(tmp_path: Path) -> None:
-    live = FolderLiveness(tmp_path)
-    at = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
-    problem = "out-of-memory: lower the plan's batch_size [16]"
-    bad = SiteStatus(site="south", state="waiting", dropped=3, problem=problem, problem_at=at, at=at)
-    live.beat(bad)
-    live.beat(SiteStatus(site="north", state="training", at=at))
-    result = CliRunner().invoke(
-        app, ["site", "list", "--live-url", f"file:{tmp_path}"], env={"COLUMNS": "200"}
-    )
-    assert result.exit_code == 0
-    assert f"south at 03:04:05: {problem}\n" in result.output
-    rows = {line.split()[0]: line.split() for line in result.output.splitlines()}
-    assert rows["north"][-2] == "0"
-    assert result.output.count("north") == 1
