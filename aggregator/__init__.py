@@ -7,6 +7,8 @@ numpy only. No I/O, no clock, no logging, no torch: everything here is a functio
     decide        job + head + update -> Accept | Duplicate | Refuse
     transitions   head + event -> next head
     selection     which sites an invited job asks to train now
+    stopping      stop rule + what was measured + head + time -> why the job closes
+    gate          what was measured + head -> the version that must not be used
     merge         Merge: folds verified payloads into the model, one at a time
     fedasync, fedbuff, fedavg, server_opt    one algorithm each: data plus functions
     statistics    BatchNorm running mean and variance as a mixture

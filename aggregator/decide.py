@@ -30,6 +30,7 @@ WRONG_PAYLOAD_KIND = "wrong-payload-kind"
 TOO_LARGE = "too-large"
 ALREADY_CONTRIBUTED = "already-contributed"
 ABANDONED_BASE = "abandoned-base"
+TOO_MANY_PENDING = "too-many-pending"
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _problem(job: Job, head: Head, update: ClientUpdate) -> tuple[str, str] | No
             f"base version {update.base_version} is not published, the newest is {head.version}: "
             "send the number of the version that training started from"
         )
-    if any(line.first <= update.base_version <= line.last for line in head.abandoned):
+    if head.is_rolled_back(update.base_version):
         return ABANDONED_BASE, (
             f"version {update.base_version}, from which it was trained, was rolled back: "
             "pull the newest version and train again"
@@ -168,6 +169,13 @@ def _problem(job: Job, head: Head, update: ClientUpdate) -> tuple[str, str] | No
         return TOO_LARGE, (
             f"the payload is {update.payload_bytes} bytes, at most {job.max_update_bytes}: "
             "send only the tensors of the job's model"
+        )
+    waiting = sum(c.update.site == update.site for c in head.pending)
+    if head.quarantine is not None and waiting >= spec.inflight_limit:
+        # nothing is merged now, and every record carries what waits
+        return TOO_MANY_PENDING, (
+            f"{waiting} updates of site {update.site} wait until somebody decides on version "
+            f"{head.quarantine.version}, which is in quarantine: train again after that"
         )
     if spec.aggregation.strategy == "fedavg" and any(c.update.site == update.site for c in head.pending):
         return ALREADY_CONTRIBUTED, (

@@ -170,10 +170,13 @@ def promote(head: Head, version: ModelVersion) -> Head:
     return head.model_copy(update={"stable": version})
 
 
-def roll_back(spec: JobSpec, head: Head, to: ModelVersion, refused: Sequence[Refusal]) -> Head:
+def roll_back(
+    spec: JobSpec, head: Head, to: ModelVersion, refused: Sequence[Refusal], closed: str | None = None
+) -> Head:
     """A new version with the model of `to`. What lies between is abandoned, and a quarantine is over.
 
     refused: `decide.stranded(head, to.version)`, the pending updates that were trained from the abandoned line.
+    `closed`: why the job ends with this version, if it does; then `decide.leftovers` belong among the refused.
     """
     if head.closed is not None:
         raise ValueError(f"the job is closed ({head.closed}): it makes no version any more")
@@ -201,6 +204,7 @@ def roll_back(spec: JobSpec, head: Head, to: ModelVersion, refused: Sequence[Ref
             "abandoned": _with_line(head.abandoned, line),
             "quarantine": None,
             "cleared": tuple(version for version in head.cleared if version <= to.version),
+            "closed": closed,
         }
     )
 

@@ -11,10 +11,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from cli.options import JobArgument, StoreUrl, chosen_store, console, fail
+from federation.best import Best, best_of
 from federation.errors import FedqueueError, NotFound
 from federation.jobs import JobSpec
 from federation.types import SERVER, Evaluation, Head
-from storage.best import Best, best_of
 from storage.channels import BEST, LATEST, STABLE, best_version
 from storage.jobs import list_evaluations, list_jobs, load_job
 

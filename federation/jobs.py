@@ -248,7 +248,9 @@ class StopRule(Value):
         description="close after so many measured versions in a row without improvement; none: never",
     )
     min_improvement: float = Field(
-        default=0.0, ge=0, description="patience: by how much a version must beat the best before it"
+        default=0.0,
+        ge=0,
+        description="patience: a version improves if it beats the last one that did by more",
     )
     deadline: AwareDatetime | None = Field(default=None, description="close at this time; none: never")
 

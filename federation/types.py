@@ -336,9 +336,13 @@ class Head(Value):
             return f"version {self.quarantine.version} is in quarantine: {self.quarantine.reason}"
         return self.hold
 
+    def is_rolled_back(self, version: int) -> bool:
+        """True if `version` lies in an abandoned line."""
+        return any(line.first <= version <= line.last for line in self.abandoned)
+
     def withdrawn(self, version: int) -> str | None:
         """Why `version` is not to be used, so that neither `latest` nor `best` means it; None: nothing against it."""
-        if any(line.first <= version <= line.last for line in self.abandoned):
+        if self.is_rolled_back(version):
             return "rolled back"
         if self.quarantine is not None and version >= self.quarantine.version:
             return "in quarantine"

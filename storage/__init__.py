@@ -16,7 +16,6 @@ tensors.py      safetensors files in canonical layout
 models.py       models and payloads, written and read under their digest; a site's cache
 jobs.py         job.json, evaluations, refusals, dead letters
 control.py      announcements, answers to requests, members, invitations
-best.py         which version is the best, from what was measured
 channels.py     which version is latest, best, stable
 account.py      what a job cost and brought, counted from the log
 log.py          the version log: append by compare-and-swap, read, follow

@@ -216,9 +216,9 @@ class Audit:
         """What the next decision and the next merge need."""
         head, collected = newest.head, ledger.collected
         self.tally.pending = len(head.pending)
-        needed = {head.current.model.key, *(c.update.payload_key for c in head.pending)}
-        if head.current.server_state is not None:
-            needed.add(head.current.server_state.key)
+        needed = {c.update.payload_key for c in head.pending}
+        for version in (head.current, head.offered, head.stable or head.current):
+            needed |= {ref.key for ref in (version.model, version.server_state) if ref is not None}
         if job is not None:
             needed.add(job.initial.key)
         for key in sorted(needed & collected.keys()):

@@ -1,7 +1,7 @@
 """Which version is meant by a name: the channels `latest`, `best`, `stable`, or a number.
 
     latest    the newest version that is offered: never one in quarantine
-    best      the best by what was measured (storage/best.py), without versions in quarantine or rolled back
+    best      the best by what was measured (federation/best.py), without versions in quarantine or rolled back
     stable    the one that was promoted last; it stays until another one is
     41        that version, whatever was said of it since
 
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from federation.best import Best, best_of
 from federation.errors import NotFound
 from federation.types import Head, ModelVersion
-from storage.best import Best, best_of
 from storage.blob import BlobStore
 from storage.jobs import list_evaluations, load_job
 from storage.log import VersionLog

@@ -10,7 +10,17 @@ from collections.abc import Iterator
 
 from federation.jobs import JobSpec
 from federation.keys import rejected_key
-from federation.types import Accepted, ClientUpdate, Collected, LogRecord, Published
+from federation.types import (
+    Accepted,
+    ClientUpdate,
+    Collected,
+    LogRecord,
+    ModelVersion,
+    Promoted,
+    Published,
+    Quarantined,
+    RolledBack,
+)
 from storage.log import refusals
 from storage.succession import begins, breaks
 
@@ -25,9 +35,10 @@ class Ledger:
         self._nonces: set[bytes] = set()
         self._accepted: dict[bytes, int] = {}  # update id -> record
         self._ended: dict[bytes, int] = {}
+        self._has_gaps = False
         self.newest: LogRecord | None = None
         self.records = self.merged = self.rejected = 0
-        self.versions: set[int] = set()  # that were ever stored
+        self.versions: dict[int, ModelVersion] = {}  # that were ever stored
         self.named: set[str] = set()  # keys of models and uploads
         self.refusals: set[str] = set()  # keys of the objects below rejected/ that belong to this log
         self.collected: dict[
@@ -39,6 +50,7 @@ class Ledger:
         before = self.newest
         if before is not None and before.seq + 1 < record.seq:
             before = None  # the one between cannot be read
+            self._has_gaps = True
         self.newest = record
         self.records += 1
         nonce = bytes.fromhex(record.nonce)
@@ -52,9 +64,10 @@ class Ledger:
         else:
             yield from breaks(before.head, record.event, record.head, self._max_staleness)
         yield from self._count(record)
+        yield from self._refer(record)
         if before is None or record.head.current != before.head.current:
             current = record.head.current
-            self.versions.add(current.version)
+            self.versions[current.version] = current
             self._name_anew(current.model.key)
             if current.server_state is not None:
                 self._name_anew(current.server_state.key)
@@ -100,6 +113,22 @@ class Ledger:
             if earlier is not None:
                 yield f"ends {update.update_id}, which record {earlier} has ended: it counts twice"
             self._ended[_id(update.update_id)] = seq
+
+    def _refer(self, record: LogRecord) -> Iterator[str]:
+        """A head names older versions; they have to be what they were when they were made."""
+        event, head = record.event, record.head
+        meant = [head.stable] if isinstance(event, Promoted) else []
+        if isinstance(event, Quarantined) and head.quarantine is not None:
+            meant.append(head.quarantine.offered)
+        if isinstance(event, RolledBack):
+            meant.append(head.current.model_copy(update={"version": event.to}))
+        for version in meant:
+            if version is not None and self._is_another(version):
+                yield f"names a version {version.version} that is not the one that was made"
+
+    def _is_another(self, version: ModelVersion) -> bool:
+        known = self.versions.get(version.version)
+        return known != version if known is not None else not self._has_gaps
 
     def _name(self, update: ClientUpdate) -> Iterator[str]:
         if update.job != self._job_id:

@@ -36,6 +36,7 @@ from federation.errors import (
 from federation.keys import log_key, log_prefix, log_seq
 from federation.types import (
     Accepted,
+    Collected,
     Created,
     Event,
     Head,
@@ -147,6 +148,15 @@ class VersionLog:
                 f"job {self._job!r} has no stored version {version}; the newest is {self.head().head.version}"
             )
         return record.head.current
+
+    def is_collected(self, version: ModelVersion, since: int) -> bool:
+        """True if retention takes what `version` consists of, by a record after `since`. Reads all of them.
+
+        While it has not, a record that names it comes before one that takes it, which then is not written.
+        """
+        keys = {ref.key for ref in (version.model, version.server_state) if ref is not None}
+        events = (record.event for record in self.history(since + 1))
+        return any(isinstance(event, Collected) and keys.intersection(event.keys) for event in events)
 
     def first_at(self, version: int) -> LogRecord:
         """The first record whose head has reached `version`, or the newest if none has. Reads few of them.

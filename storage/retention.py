@@ -4,7 +4,9 @@ What goes, each after a grace time:
 
     models/    what no record names: left behind by a worker that died before its record
                a superseded version with its optimiser state, unless it is version 0, one of the newest
-               `keep_versions`, measured (metrics/<version>/), or due for a central evaluation
+               `keep_versions`, measured (metrics/<version>/), due for a central evaluation, proposed for release
+               or released (releases/<version>/), stable, or offered while newer ones are in quarantine. After a
+               rollback several versions have one model: it stays for the sake of any of them
     updates/   the payload of a refused update
                what no record names, if no message about it could be accepted any more (`_why_orphan_upload`)
     metrics/   without a grace time: what was measured of a version whose model has gone. A report that comes in the
@@ -43,10 +45,11 @@ from federation.keys import (
     log_key,
     metrics_prefix,
     models_prefix,
+    releases_prefix,
     updates_prefix,
 )
 from federation.points import Point, reach
-from federation.types import Accepted, Collected, Head, LogRecord, Published
+from federation.types import Accepted, Collected, Head, LogRecord, ModelVersion
 from storage.blob import BlobStore
 from storage.log import VersionLog, named, refusals
 
@@ -79,7 +82,7 @@ class Policy:
     too_stale: Callable[[int, int], bool]
     """(newest version, base version): no update from that base is accepted any more. Then none from an older one is."""
     due: Callable[[int, Head], bool]
-    """(version before, head that a publish made): the server evaluates this version."""
+    """(version before, head): the server evaluates the version of this head."""
 
 
 @dataclass(frozen=True)
@@ -99,9 +102,9 @@ class Stored:
     version: int
     index: int
     seq: int
-    due: bool
     model: str
     """Its key."""
+    due: bool = False
     superseded: int | None = None
     """The record that made the next one."""
 
@@ -154,15 +157,16 @@ class History:
             for key in event.keys:
                 self.namers.pop(key, None)
         if self._newest is None or self._newest.head.current != current:
-            made = Stored(
-                current.version, len(self.versions), record.seq, self._is_due(record), current.model.key
-            )
+            made = Stored(current.version, len(self.versions), record.seq, current.model.key)
             if self.versions:
                 self.versions[-1].superseded = record.seq
             self.versions.append(made)
-            for ref in (current.model, current.server_state):
-                if ref is not None:
-                    self.namers.setdefault(ref.key, []).append(made)
+            for key in _keys(current):
+                self.namers.setdefault(key, []).append(made)
+        previous = self.versions[-2].version if len(self.versions) > 1 else 0
+        self.versions[-1].due = self._due(
+            previous, record.head
+        )  # a job's last one is, as soon as it is the last
         self._newest = record
 
     def has_lost(self, version: int) -> bool:
@@ -170,14 +174,6 @@ class History:
         index = bisect_left(self.versions, version, key=lambda stored: stored.version)
         found = self.versions[index : index + 1]
         return bool(found) and found[0].version == version and found[0].model not in self.namers
-
-    def _is_due(self, record: LogRecord) -> bool:
-        event = record.event
-        return (
-            isinstance(event, Published)
-            and bool(event.merged)
-            and self._due(event.merged[0].version - 1, record.head)
-        )
 
 
 @dataclass(frozen=True)
@@ -194,6 +190,8 @@ class Survey:
     """When the oldest version was published that an update may still come from; None: every one may."""
     measured: frozenset[int]
     """Versions with metrics."""
+    released: frozenset[int]
+    """Versions of which sites were asked whether they may be given away."""
     modified: Callable[[str], datetime]
     """When an object was written, asked for where its own age counts. Raises NotFound."""
 
@@ -212,6 +210,9 @@ class Survey:
 
     def _why_model(self, key: str) -> str | None:
         namers = self.history.namers.get(key)
+        pinned = {self.history.head.offered, self.history.head.stable}
+        if any(key in _keys(version) for version in pinned if version is not None):
+            return None
         if namers is None:
             return ORPHAN_MODEL if self._is_old(key) else None
         newest = len(self.history.versions) - self.policy.keep_versions
@@ -220,6 +221,7 @@ class Survey:
             or stored.index >= newest
             or stored.due
             or stored.version in self.measured
+            or stored.version in self.released
             or stored.superseded is None
             or stored.superseded > self.horizon
             for stored in namers
@@ -324,7 +326,8 @@ class Retention:
             now=now,
             horizon=horizon,
             bases_since=written(history.versions[oldest].seq) if oldest else None,
-            measured=frozenset(_measured(self._store, job_id)),
+            measured=frozenset(_versions_below(self._store, metrics_prefix(job_id))),
+            released=frozenset(_versions_below(self._store, releases_prefix(job_id))),
             modified=modified,
         )
 
@@ -342,8 +345,11 @@ class Retention:
                     continue  # somebody else has just removed it
 
 
-def _measured(store: BlobStore, job_id: str) -> Iterator[int]:
-    prefix = metrics_prefix(job_id)
+def _keys(version: ModelVersion) -> set[str]:
+    return {ref.key for ref in (version.model, version.server_state) if ref is not None}
+
+
+def _versions_below(store: BlobStore, prefix: str) -> Iterator[int]:
     for key in store.list(prefix):
         version = key.removeprefix(prefix).partition("/")[0]
         if version.isascii() and version.isdigit():

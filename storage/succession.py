@@ -9,24 +9,33 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from federation.types import (
+    AbandonedLine,
     Accepted,
+    Cleared,
     Closed,
     Collected,
     Contribution,
     Created,
     Event,
     Head,
+    Held,
+    Promoted,
     Published,
+    Quarantined,
     Refused,
+    Resumed,
+    RolledBack,
 )
 from storage.log import named, refusals
+
+_STEERED = ("hold", "quarantine", "stable", "abandoned", "cleared")
 
 
 def begins(event: Event, head: Head) -> Iterator[str]:
     """What is wrong with the first record of a log, in words."""
     if not isinstance(event, Created):
         yield f"the log begins with {event.type!r}, not with 'created'"
-    elif head.version or head.pending or head.remembered or head.remembered_from or head.closed:
+    elif head != Head(current=head.current, hold=head.hold) or head.version:
         yield "the log does not begin with an open version 0 and nothing pending"
 
 
@@ -40,6 +49,7 @@ def breaks(before: Head, event: Event, head: Head, max_staleness: int | None) ->
     yield from _pending(before, event, head)
     yield from _version(before, event, head)
     yield from _closed(before, event, head)
+    yield from _steered(before, event, head)
     yield from _remembered(before, event, head, max_staleness)
 
 
@@ -67,6 +77,10 @@ def _pending(before: Head, event: Event, head: Head) -> Iterator[str]:
 
 def _version(before: Head, event: Event, head: Head) -> Iterator[str]:
     merged = _merged(event)
+    if isinstance(event, RolledBack):
+        if not event.to < before.version == head.version - 1:
+            yield f"a rollback to version {event.to} makes version {head.version} of {before.version}"
+        return
     if not merged:
         if head.current != before.current:
             yield f"the model changed (version {before.version} to {head.version}), but nothing was merged"
@@ -83,13 +97,67 @@ def _closed(before: Head, event: Event, head: Head) -> Iterator[str]:
     if before.closed is not None:
         if head.closed != before.closed:
             yield f"the job was closed ({before.closed}), and now it is {head.closed or 'open'}"
-        if isinstance(event, Accepted) or _merged(event):
-            yield f"an update is taken although the job is closed ({before.closed})"
+        if isinstance(event, Accepted | RolledBack) or _merged(event):
+            yield f"work is taken on although the job is closed ({before.closed})"
     elif isinstance(event, Closed):
         if head.closed != event.reason:
             yield f"the job closes ({event.reason}), but the head says {head.closed or 'open'}"
-    elif head.closed is not None and not _merged(event):
+    elif head.closed is not None and not _merged(event) and not isinstance(event, RolledBack):
         yield f"the job is closed ({head.closed}) by a record that closes nothing"
+
+
+def _steered(before: Head, event: Event, head: Head) -> Iterator[str]:
+    """What is decided about a job and its versions changes by the events that say so, and by no other."""
+    allowed: dict[str, object] = {name: getattr(before, name) for name in _STEERED}
+    match event:
+        case Held():
+            allowed["hold"] = event.reason
+        case Resumed():
+            allowed["hold"] = None
+        case Promoted():
+            allowed["stable"] = head.stable
+            if head.stable is None or head.stable.version != event.version or event.version > before.version:
+                yield f"version {event.version} is promoted, but another one is stable"
+        case Quarantined():
+            allowed["quarantine"] = head.quarantine
+            yield from _quarantined(before, event, head)
+        case Cleared():
+            allowed |= {"quarantine": None, "cleared": (*before.cleared, event.version)}
+            if before.quarantine is None or before.quarantine.version != event.version:
+                yield f"version {event.version} is cleared, which was not what was in quarantine"
+        case RolledBack():
+            allowed |= {
+                "quarantine": None,
+                "cleared": tuple(version for version in before.cleared if version <= event.to),
+                "abandoned": head.abandoned,
+            }
+            yield from _abandoned(before, event, head)
+        case Published() if event.merged and before.quarantine is not None:
+            yield f"a version is made, but version {before.quarantine.version} is in quarantine"
+    for name, value in allowed.items():
+        if getattr(head, name) != value:
+            yield f"{name!r} is not what {event.type!r} makes of it"
+
+
+def _quarantined(before: Head, event: Quarantined, head: Head) -> Iterator[str]:
+    now = head.quarantine
+    if now is None or (now.version, now.reason) != (event.version, event.reason):
+        yield f"version {event.version} is put in quarantine, but the head says otherwise"
+    elif not now.offered.version < now.version <= before.version:
+        yield f"version {now.offered.version} is offered instead of version {now.version} of {before.version}"
+    elif before.quarantine is not None and before.quarantine.version <= now.version:
+        yield f"version {now.version} was in quarantine already"
+    elif before.cleared and now.version <= before.cleared[-1]:
+        yield f"version {now.version} is put in quarantine, though version {before.cleared[-1]} was cleared"
+
+
+def _abandoned(before: Head, event: RolledBack, head: Head) -> Iterator[str]:
+    """Each version that was rolled back before still is, those since `event.to` are, and no other is."""
+    lines = (*before.abandoned, AbandonedLine(first=event.to + 1, last=before.version))
+    ends = {0, head.version} | {n for x in (*lines, *head.abandoned) for n in (x.first, x.last + 1)}
+    for version in sorted(ends):  # between two of these nothing changes
+        if head.is_rolled_back(version) != any(line.first <= version <= line.last for line in lines):
+            yield f"version {version} is or is not said to be rolled back, against what the log says"
 
 
 def _remembered(before: Head, event: Event, head: Head, max_staleness: int | None) -> Iterator[str]:
@@ -109,7 +177,7 @@ def _remembered(before: Head, event: Event, head: Head, max_staleness: int | Non
     if head.remembered_from < before.remembered_from:
         yield f"ids are said to be remembered from base {head.remembered_from} on, which were forgotten before"
     lost = known.keys() - now.keys()
-    if lost and not isinstance(event, Published | Refused):
+    if lost and not isinstance(event, Published | Refused | RolledBack):
         yield f"ids are forgotten by {event.type!r}: {_some(lost)}"
         return
     if max_staleness is None:

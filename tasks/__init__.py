@@ -14,6 +14,7 @@ requests.py     fedqueue.handle_request    what a site or an operator asks: done
 members.py      which sites take part in a job
 invite.py       which sites train next, in jobs that invite them
 steer.py        pause, resume, stop; promote, roll back, clear a quarantine
+judge.py        what follows from measurements and the clock: quarantine, the end of a job
 closing.py      the end of a job
 oversee.py      fedqueue.oversee_jobs      what a job needs by the clock
 records.py      appending to a log what is no update

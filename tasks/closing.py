@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 from aggregator import decide, transitions
 from federation.errors import Conflict
 from federation.jobs import Job
 from federation.types import SERVER, Closed, Event, Head, LogRecord, Refused
 from storage.jobs import save_refusal
-from tasks import records
+from tasks import celery, records
 from tasks.context import Context
+from tasks.publish import evaluation_due
 from tasks.tell import tell_closed, tell_refused
 
 log = logging.getLogger("fedqueue.jobs")
@@ -21,16 +23,26 @@ def close(context: Context, job: Job, reason: str, by: str = SERVER) -> LogRecor
 
     Should the worker die in between, tend_jobs refuses what is left.
     """
+    return close_if(context, job, lambda head: reason, by)
+
+
+def close_if(
+    context: Context, job: Job, why: Callable[[Head], str | None], by: str = SERVER
+) -> LogRecord | None:
+    """The same if `why` has a reason, which it gives of the head that the record follows."""
 
     def end(newest: LogRecord) -> tuple[Event, Head] | None:
-        if newest.head.closed is not None:
+        reason = None if newest.head.closed is not None else why(newest.head)
+        if reason is None:
             return None
-        return Closed(reason=reason, by=by), transitions.close(newest.head, reason)
+        return Closed(reason=reason[:200], by=by), transitions.close(newest.head, reason[:200])
 
     record = records.append(context, job.id, end)
-    if record is not None:
-        log.info("%s: closed: %s", job.id, reason)
-        tell_closed(context, job, reason)
+    if record is not None and record.head.closed is not None:
+        log.info("%s: closed: %s", job.id, record.head.closed)
+        tell_closed(context, job, record.head.closed)
+        if evaluation_due(job, record.head.version, record.head):  # the last version is measured
+            context.send(celery.EVALUATE, {"job": job.id, "version": str(record.head.version)})
     refuse_leftovers(context, job)
     return record
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -9,14 +10,20 @@ from functools import cached_property
 from broker.open import connect
 from broker.port import Broker
 from federation import plugins
+from federation.errors import CorruptLog, NotFound
 from federation.jobs import Job
+from federation.keys import metrics_prefix
 from federation.settings import Settings
+from federation.types import Evaluation
 from storage.blob import BlobStore
 from storage.jobs import load_job
 from storage.liveness import Liveness, open_liveness
 from storage.log import VersionLog
 from storage.open import open_store
+from storage.reading import load_value
 from tasks.celery import Send, sender
+
+log = logging.getLogger("fedqueue.tasks")
 
 
 @dataclass
@@ -29,6 +36,7 @@ class Context:
     send: Send
     _jobs: dict[str, Job] = field(default_factory=dict)
     _logs: dict[str, VersionLog] = field(default_factory=dict)
+    _measured: dict[str, dict[str, Evaluation | None]] = field(default_factory=dict)
 
     @cached_property
     def liveness(self) -> Liveness:
@@ -46,6 +54,23 @@ class Context:
         if job_id not in self._logs:
             self._logs[job_id] = VersionLog(self.store, job_id)
         return self._logs[job_id]
+
+    def evaluations(self, job_id: str) -> list[Evaluation]:
+        """What was measured of a job, without the classes. Each is read once: the first one stays."""
+        known = self._measured.setdefault(job_id, {})
+        listed = set(self.store.list(metrics_prefix(job_id)))
+        for key in known.keys() - listed:  # retention has removed it
+            del known[key]
+        for key in sorted(listed - known.keys()):
+            try:
+                found = load_value(self.store, key, Evaluation)
+                known[key] = found.model_copy(update={"per_class": {}})
+            except NotFound:
+                continue
+            except CorruptLog as exc:
+                log.error("left out: %s", exc)
+                known[key] = None
+        return [evaluation for evaluation in known.values() if evaluation is not None]
 
 
 _here = threading.local()

@@ -20,6 +20,7 @@ from storage.jobs import load_evaluation, save_evaluation
 from storage.models import load_full_model
 from tasks import celery
 from tasks.context import Context, current
+from tasks.judge import judge
 
 if TYPE_CHECKING:
     from detection.dataset import Dataset
@@ -29,8 +30,10 @@ log = logging.getLogger("fedqueue.evaluate")
 
 @celery.task(celery.EVALUATE)
 def evaluate_version(self: Any, job: str, version: str) -> None:
-    """Measure `version` of `job` and store an Evaluation, unless that is done or overtaken."""
-    evaluate(current(), job, int(version))
+    """Measure `version` of `job` and store an Evaluation, unless that is done or overtaken; and judge by it."""
+    context = current()
+    evaluate(context, job, int(version))
+    judge(context, context.job(job))
 
 
 def evaluate(context: Context, job_id: str, version: int) -> Evaluation | None:

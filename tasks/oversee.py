@@ -2,6 +2,7 @@
 
 enough sites have joined          tasks/members.py: it starts
 it chooses who trains             tasks/invite.py: as many sites as it wants are invited
+its deadline has passed           tasks/judge.py: it closes; likewise for a measurement whose worker died
 """
 
 from __future__ import annotations
@@ -19,11 +20,16 @@ from federation.types import Head
 from storage.control import announced
 from tasks import celery, invite, members
 from tasks.context import Context, current
+from tasks.judge import judge
 
 log = logging.getLogger("fedqueue.oversee")
 
 Step = Callable[[Context, Job, Head], None]
-STEPS: tuple[Step, ...] = (lambda context, job, head: members.start(context, job), invite.invite)
+STEPS: tuple[Step, ...] = (
+    lambda context, job, head: members.start(context, job),
+    lambda context, job, head: judge(context, job),
+    invite.invite,
+)
 """Each gets an open job and its newest head, and must be harmless to repeat."""
 
 

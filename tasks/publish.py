@@ -15,12 +15,12 @@ import numpy as np
 
 from aggregator import decide, transitions
 from aggregator.merge import Merge
+from aggregator.stopping import last_version
 from federation.errors import BadPayload, Conflict, CorruptLog, NotFound
 from federation.jobs import Job
 from federation.points import Point, reach
 from federation.types import (
     ClientUpdate,
-    Collected,
     Contribution,
     Head,
     LogRecord,
@@ -29,7 +29,6 @@ from federation.types import (
     Refusal,
 )
 from storage.jobs import save_refusal
-from storage.log import VersionLog
 from storage.models import load_model, load_payload, save_model
 from storage.tensors import TensorFile
 from tasks import celery
@@ -91,20 +90,13 @@ def publish_pending(context: Context, job: Job) -> LogRecord | None:
             record = versions.append(record, event, head)
         except Conflict:
             since, record = record, versions.head()  # only accepts came in between? then the fold still holds
-            if _is_collected(versions, since, folded.current):
+            if versions.is_collected(folded.current, since.seq):
                 log.warning("%s: the model was stored so long ago that it was collected, again", job.id)
                 return publish_pending(context, job)
             continue
         reach(Point.PUBLISHED)
         _after(context, job, record)
         return record
-
-
-def _is_collected(versions: VersionLog, since: LogRecord, stored: ModelVersion) -> bool:
-    """True if retention has taken what `stored` consists of for leftovers, in a record after `since`."""
-    keys = {ref.key for ref in (stored.model, stored.server_state) if ref is not None}
-    events = (record.event for record in versions.follow(since.seq))
-    return any(isinstance(event, Collected) and keys.intersection(event.keys) for event in events)
 
 
 def _fold(context: Context, job: Job, head: Head) -> _Folded:
@@ -145,9 +137,9 @@ def _fold(context: Context, job: Job, head: Head) -> _Folded:
 
 def _next(job: Job, head: Head, event: Published, current: ModelVersion) -> tuple[Published, Head]:
     """What to append on `head`. The last version closes the job and refuses what still waits."""
-    if current.version < job.spec.stop.max_versions:
+    closed = last_version(job.spec.stop, current.version)
+    if closed is None:
         return event, transitions.publish(job.spec, head, event, current)
-    closed = f"version {current.version}, the last of stop.max_versions, is made"
     left = decide.leftovers(transitions.publish(job.spec, head, event, current, closed))
     event = Published(merged=event.merged, refused=event.refused + left)
     return event, transitions.publish(job.spec, head, event, current, closed)

@@ -3,7 +3,8 @@
 Each record's head is made anew from the head before it (`aggregator.transitions`), each update's numbers from the
 policy (`aggregator.weighting`), each version by folding the payloads that its record names (`Merge.replay`); and all
 of it is compared with what the log says, models and optimiser states bit for bit by their digest. So a version
-whose file retention has removed is compared too. In memory: the model, one accumulator, one payload.
+whose file retention has removed is compared too. In memory: the model, one accumulator, one payload; and each version
+that was rolled back to, if its file is gone.
 
     differences = [step for step in replay(store, "street") if not step.equal]     # none, or one: the first
 """
@@ -17,23 +18,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from aggregator import transitions
+from aggregator import decide, transitions
 from aggregator.merge import Merge
 from aggregator.server_opt import OptimizerState
+from aggregator.stopping import last_version
 from aggregator.weighting import assign
 from federation.errors import BadPayload, NotFound
 from federation.jobs import ModelRef
 from federation.types import (
     Accepted,
+    Cleared,
     Closed,
     Collected,
     Contribution,
     Created,
+    Event,
     Head,
+    Held,
     LogRecord,
     ModelVersion,
+    Promoted,
     Published,
+    Quarantined,
     Refused,
+    Resumed,
+    RolledBack,
 )
 from storage.blob import BlobStore
 from storage.jobs import load_job
@@ -42,7 +51,7 @@ from storage.memory import MemoryStore
 from storage.models import load_model, load_payload, save_model
 from storage.readonly import ReadOnlyStore
 from storage.tensors import TensorFile
-from tasks.state import save_state
+from tasks.state import load_state, save_state
 
 WEIGHT_TOLERANCE = 1e-12
 """Relative. Another machine's power function may round differently; the fold takes the recorded weight."""
@@ -73,6 +82,10 @@ def replay(store: BlobStore, job_id: str, to: int | None = None) -> Iterator[Rep
     return Replay(store, job_id).steps(to)
 
 
+Snapshot = tuple[TensorFile, OptimizerState | None]
+"""A version's model, and the server optimiser's state beside it."""
+
+
 class _Differs(ValueError):
     """What is not as recorded."""
 
@@ -80,7 +93,7 @@ class _Differs(ValueError):
 class Replay:
     """One replay of one job. `steps` may be read once; then `model` is the last version that was made."""
 
-    def __init__(self, store: BlobStore, job_id: str) -> None:
+    def __init__(self, store: BlobStore, job_id: str, remade: dict[int, Snapshot] | None = None) -> None:
         """Raises NotFound, CorruptLog, StoreUnavailable."""
         self._store = ReadOnlyStore(store)
         self._job = load_job(self._store, job_id)
@@ -89,6 +102,9 @@ class Replay:
         self._state: OptimizerState | None = None
         self._model: TensorFile | None = None
         self._digest = ""
+        self._versions: dict[int, ModelVersion] = {}  # as they were made here
+        self._remade = {} if remade is None else remade
+        """Versions that were rolled back to and whose files are gone."""
 
     @property
     def model(self) -> TensorFile:
@@ -106,7 +122,8 @@ class Replay:
             except ValueError as exc:  # _Differs, or what aggregator says of an event that cannot be
                 difference = str(exc)
             merged = record.event.merged if isinstance(record.event, Published) else ()
-            if merged or difference or record.seq == 0:
+            is_made = merged or record.seq == 0 or isinstance(record.event, RolledBack)
+            if is_made or difference:
                 current = record.head.current
                 yield Replayed(
                     record.seq, current.version, current.model.sha256, self._digest, len(merged), difference
@@ -144,8 +161,10 @@ class Replay:
             expected = transitions.close(self._head, event.reason)
         elif isinstance(event, Collected):
             expected = self._head
+        elif isinstance(event, RolledBack):
+            expected = self._roll_back(self._head, event, record)
         else:
-            raise _Differs(f"a log is not {event.type} twice")
+            expected = self._steer(self._head, event, record)
         if expected != record.head:
             fields = [
                 name for name in Head.model_fields if getattr(expected, name) != getattr(record.head, name)
@@ -154,6 +173,64 @@ class Replay:
                 f"the head's {' and '.join(fields)} is not what {event.type!r} makes of the head before it"
             )
         self._head = record.head
+        self._versions[record.head.version] = record.head.current
+
+    def _steer(self, before: Head, event: Event, record: LogRecord) -> Head:
+        match event:
+            case Held():
+                return transitions.hold(before, event.reason)
+            case Resumed():
+                return transitions.resume(before)
+            case Promoted():
+                return transitions.promote(before, self._version(event.version))
+            case Quarantined():
+                offered = -1 if record.head.quarantine is None else record.head.quarantine.offered.version
+                return transitions.quarantine(before, event.version, event.reason, self._version(offered))
+            case Cleared():
+                if before.quarantine is None or before.quarantine.version != event.version:
+                    raise _Differs(f"version {event.version} is cleared, which was not in quarantine")
+                return transitions.clear(before)
+        raise _Differs(f"a log is not {event.type} twice")
+
+    def _version(self, number: int) -> ModelVersion:
+        """One that was made here before."""
+        if number not in self._versions:
+            raise _Differs(f"version {number}, which is named, was never stored")
+        return self._versions[number]
+
+    def _roll_back(self, before: Head, event: RolledBack, record: LogRecord) -> Head:
+        stranded = decide.stranded(before, event.to)
+        closed = self._closed(before.version + 1, record)
+        gone = event.refused if closed is None else event.refused[: len(stranded)]
+        if gone != stranded:
+            raise _Differs("the refused updates are not those that were trained from what is rolled back")
+        to = self._version(event.to)
+        model, self._state = self._stored(to) or self._again(event.to)
+        self._model = TensorFile(model.layout, np.array(model.flat), np.array(model.ints))  # writable
+        self._digest = to.model.sha256
+        return transitions.roll_back(self._job.spec, before, to, event.refused, closed)
+
+    def _closed(self, version: int, record: LogRecord) -> str | None:
+        """The record that makes the last version closes the job, whatever words an older release had for it."""
+        closed = last_version(self._job.spec.stop, version)
+        return None if closed is None else record.head.closed or closed
+
+    def _stored(self, version: ModelVersion) -> Snapshot | None:
+        """Its files, if they are there: by their digests they are what was made here before."""
+        try:
+            return load_model(self._store, version.model), load_state(self._store, version.server_state)
+        except (NotFound, BadPayload):
+            return None
+
+    def _again(self, number: int) -> Snapshot:
+        """The same from the beginning. Each is made once, or rollbacks of rollbacks would take for ever."""
+        if number not in self._remade:
+            replay = Replay(self._store, self._job.id, self._remade)
+            for step in replay.steps(number):
+                if not step.equal:
+                    raise _Differs(f"version {number}, made once more: {step.difference}")
+            self._remade[number] = replay.model, replay._state
+        return self._remade[number]
 
     def _begin(self, record: LogRecord) -> Head:
         if not isinstance(record.event, Created) or record.head.version != 0:
@@ -167,7 +244,7 @@ class Replay:
             ) from exc
         self._model = TensorFile(model.layout, np.array(model.flat), np.array(model.ints))  # writable
         self._digest = ref.sha256
-        return Head(current=ModelVersion(version=0, model=ref))
+        return Head(current=ModelVersion(version=0, model=ref), hold=record.head.hold)
 
     def _publish(self, before: Head, event: Published, record: LogRecord) -> Head:
         spec = self._job.spec
@@ -180,10 +257,7 @@ class Replay:
         for position, contribution in enumerate(event.merged):
             _compare(assign(spec, contribution.update, before.version, position), contribution)
         current = self._fold(before, event, record)
-        closed = None
-        if current.version >= spec.stop.max_versions:
-            closed = record.head.closed or "the last version is made"
-        return transitions.publish(spec, before, event, current, closed)
+        return transitions.publish(spec, before, event, current, self._closed(current.version, record))
 
     def _fold(self, before: Head, event: Published, record: LogRecord) -> ModelVersion:
         """The new version, its model and state as recorded: made here, too, and the same."""

@@ -19,6 +19,7 @@ from storage.log import VersionLog
 from tasks import celery
 from tasks.context import Context, current
 from tasks.deadletters import keep_report
+from tasks.judge import judge
 
 log = logging.getLogger("fedqueue.report")
 
@@ -41,6 +42,7 @@ def record(context: Context, report: Evaluation) -> None:
         log.info("%s: version %d reaches %s at %s", report.job, report.version, shown, report.who)
     else:
         log.info("%s: %s has reported on version %d before", report.job, report.who, report.version)
+    judge(context, context.job(report.job))
 
 
 def _refusal(context: Context, report: Evaluation) -> tuple[str, str] | None:

@@ -37,6 +37,7 @@ from storage.retention import History, Policy, Retention
 from tasks import celery
 from tasks.closing import refuse_leftovers
 from tasks.context import Context, current
+from tasks.judge import judge
 from tasks.publish import evaluation_due
 from tasks.tell import tell_refused
 
@@ -123,6 +124,7 @@ def _mend(context: Context, job: Job) -> None:
     if decide.wants_publish(job.spec, context.log(job.id).head().head):
         context.send(celery.PUBLISH, {"job": job.id})
     refuse_leftovers(context, job)
+    judge(context, job)  # of a closed job, too: its last version may fail the gate
 
 
 def _collect(context: Context, job: Job, retentions: dict[str, Retention], stop: Callable[[], bool]) -> None:

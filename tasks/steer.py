@@ -6,16 +6,19 @@ Of the job's submitter and of operators. Each is one log record.
 from __future__ import annotations
 
 from aggregator import decide, transitions
+from aggregator.stopping import last_version
 from federation.errors import Rejected
 from federation.jobs import Job
 from federation.requests import Request, SteerJob, SteerModel
 from federation.types import (
     SERVER,
     Cleared,
+    Collected,
     Event,
     Head,
     Held,
     LogRecord,
+    ModelVersion,
     Promoted,
     Resumed,
     RolledBack,
@@ -25,7 +28,8 @@ from storage.log import refusals
 from tasks import celery, records
 from tasks.closing import close
 from tasks.context import Context
-from tasks.tell import tell_changed, tell_refused
+from tasks.publish import evaluation_due
+from tasks.tell import tell_changed, tell_closed, tell_refused
 
 
 def owned_job(context: Context, request: Request, job_id: str) -> Job:
@@ -71,20 +75,58 @@ def steer_model(context: Context, request: Request) -> str:
     assert isinstance(asked, SteerModel)
     job = owned_job(context, request, asked.job)
     if asked.action == "promote":
-        return _promote(context, job, asked.version, request.who)
+        return _promote(context, job, asked.version, request)
     if asked.action == "clear":
         return _clear(context, job, asked.version, request.who)
-    return _roll_back(context, job, asked.version, asked.reason, request.who)
+    return _roll_back(context, job, asked.version, asked.reason, request)
 
 
-def _promote(context: Context, job: Job, number: int, by: str) -> str:
-    version = context.log(job.id).version(number)
-    context.store.size(version.model.key)  # NotFound if retention has removed it
+class _Kept:
+    """A version that a record may name, because its model stays: nothing since it was made has taken it.
+
+    `done`: a record since then was made for `request`, which is delivered again.
+    """
+
+    def __init__(self, context: Context, job: Job, number: int, request: Request) -> None:
+        """Raises NotFound if it was never stored."""
+        self._log, self._job_id, self._request = context.log(job.id), job.id, request
+        self.version = self._log.version(number)
+        self._seen = self._log.first_at(number).seq
+        self._is_gone = self.done = False
+
+    def look(self) -> None:
+        """At what is new. To be called for each record that is to be appended, before it is decided on."""
+        refs = (self.version.model, self.version.server_state)
+        keys = {ref.key for ref in refs if ref is not None}
+        for record in self._log.history(self._seen + 1):
+            event = record.event
+            self._is_gone |= isinstance(event, Collected) and not keys.isdisjoint(event.keys)
+            self.done |= isinstance(event, RolledBack) and event.request_id == self._request.request_id
+            self._seen = record.seq
+
+    def require(self) -> ModelVersion:
+        """Raises Rejected if it has gone."""
+        if self._is_gone:
+            number, job_id = self.version.version, self._job_id
+            raise Rejected(
+                f"version {number} of {job_id} is not kept any more: `fedqueue replay {job_id} --to {number} "
+                f"--out FILE` makes its file again; `fedqueue model list {job_id}` shows what is kept"
+            )
+        return self.version
+
+
+def _promote(context: Context, job: Job, number: int, request: Request) -> str:
+    kept = _Kept(context, job, number, request)
 
     def promote(newest: LogRecord) -> tuple[Event, Head] | None:
-        if newest.head.stable == version:
+        kept.look()
+        if newest.head.stable == kept.version:
             return None
-        return Promoted(version=number, by=by), transitions.promote(newest.head, version)
+        withdrawn = newest.head.withdrawn(number)
+        if withdrawn is not None:
+            raise Rejected(f"version {number} of {job.id} is {withdrawn}: promote one that is good")
+        version = kept.require()
+        return Promoted(version=number, by=request.who), transitions.promote(newest.head, version)
 
     if records.append(context, job.id, promote) is None:
         return f"version {number} of {job.id} was stable already"
@@ -94,34 +136,53 @@ def _promote(context: Context, job: Job, number: int, by: str) -> str:
 
 def _clear(context: Context, job: Job, number: int, by: str) -> str:
     def clear(newest: LogRecord) -> tuple[Event, Head] | None:
-        quarantine = newest.head.quarantine
-        if quarantine is None or quarantine.version != number:
-            at_all = "no version" if quarantine is None else f"version {quarantine.version}"
-            raise Rejected(f"version {number} of {job.id} is not in quarantine; {at_all} is")
-        return Cleared(version=number, by=by), transitions.clear(newest.head)
+        head = newest.head
+        if number in head.cleared:
+            return None
+        if head.quarantine is None or head.quarantine.version != number:
+            at_all = "none" if head.quarantine is None else f"version {head.quarantine.version}"
+            raise Rejected(f"version {number} of {job.id} is not what is in quarantine; {at_all} is")
+        return Cleared(version=number, by=by), transitions.clear(head)
 
     record = records.append(context, job.id, clear)
-    assert record is not None
+    if record is None:
+        return f"version {number} of {job.id} was cleared already"
     tell_changed(context, job)
     _ask_for_publish(context, job, record)
     return f"version {number} of {job.id} is out of quarantine"
 
 
-def _roll_back(context: Context, job: Job, number: int, reason: str, by: str) -> str:
-    version = context.log(job.id).version(number)
-    context.store.size(version.model.key)  # NotFound if retention has removed it
+def _roll_back(context: Context, job: Job, number: int, reason: str, request: Request) -> str:
+    kept = _Kept(context, job, number, request)
 
     def roll_back(newest: LogRecord) -> tuple[Event, Head] | None:
         head = newest.head
+        kept.look()
+        if kept.done:
+            return None
         if head.closed is not None:
-            raise Rejected(f"job {job.id} is closed ({head.closed}): it makes no version any more")
+            raise Rejected(
+                f"job {job.id} is closed ({head.closed}): it makes no version any more. To have version {number} "
+                f"used, `fedqueue model promote {job.id} {number}`"
+            )
         if number >= head.version:
             raise Rejected(f"version {number} is not older than the newest, {head.version}")
-        if isinstance(newest.event, RolledBack) and newest.event.to == number:
-            return None  # this very request, delivered again
+        if head.quarantine is not None and number >= head.quarantine.version:
+            raise Rejected(
+                f"version {number} is in quarantine, as all from {head.quarantine.version} on are: clear that one, or "
+                f"roll back to one before it, e.g. {head.offered.version}"
+            )
+        version = kept.require()
         refused = decide.stranded(head, number)
-        event = RolledBack(to=number, reason=reason, by=by, refused=refused)
-        return event, transitions.roll_back(job.spec, head, version, refused)
+        after = transitions.roll_back(job.spec, head, version, refused)
+        closed = last_version(job.spec.stop, after.version)
+        if closed is not None:  # rolling back makes a version, and it may be the last
+            refused += decide.leftovers(transitions.close(after, closed))
+            after = transitions.roll_back(job.spec, head, version, refused, closed)
+        event = RolledBack(
+            to=number, reason=reason, by=request.who, refused=refused, request_id=request.request_id
+        )
+        return event, after
 
     record = records.append(context, job.id, roll_back)
     if record is None:
@@ -130,7 +191,11 @@ def _roll_back(context: Context, job: Job, number: int, reason: str, by: str) ->
         save_refusal(context.store, refusal)
         tell_refused(context, refusal)
     tell_changed(context, job)
+    if record.head.closed is not None:
+        tell_closed(context, job, record.head.closed)
     _ask_for_publish(context, job, record)
+    if evaluation_due(job, record.head.version - 1, record.head):
+        context.send(celery.EVALUATE, {"job": job.id, "version": str(record.head.version)})
     return f"version {record.head.version} of {job.id} is version {number} again"
 
 

@@ -8,16 +8,20 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from aggregator import transitions
 from broker.port import Handler
+from federation.ids import new_update_id
 from federation.jobs import AggregationPolicy, Job, JobSpec, StopRule
 from federation.keys import log_key
+from federation.requests import Answer, Request, SteerJob, SteerModel, What
 from federation.settings import Settings
-from federation.types import ClientUpdate, Collected, LogRecord
+from federation.types import SERVER, ClientUpdate, Collected, LogRecord, Quarantined
 from federation.wire import Delivery, Message
 from storage.audit import Finding, audit
 from storage.blob import BlobStore
@@ -30,6 +34,7 @@ from tasks.accept import accept
 from tasks.context import Context
 from tasks.jobs import create
 from tasks.publish import publish_pending
+from tasks.requests import handle
 from tests.factories import client_update, job_spec, payload_of, toy_arrays
 
 SITES = ("site-a", "site-b")
@@ -135,6 +140,38 @@ class ToyJob:
                 self.accept(site=site)
         self.publish()
 
+    def ask(self, what: What) -> Answer:
+        """What an operator asks for."""
+        request = Request(request_id=new_update_id(), who=SERVER, what=what, at=datetime.now(UTC))
+        return handle(self.context, request)
+
+    def versions(self) -> list[int]:
+        return sorted({record.head.version for record in self.records()})
+
+    def quarantine(self, version: int, offered: int) -> None:
+        """As the gate does."""
+        record, old = self.log.head(), self.log.version(offered)
+        event = Quarantined(version=version, reason="it is worse")
+        self.log.append(record, event, transitions.quarantine(record.head, version, "it is worse", old))
+
+    def steer(self, move: str, draw: random.Random) -> None:
+        """One thing that may be done or is refused, as the job stands."""
+        head, made = self.log.head().head, self.versions()
+        if move in ("pause", "resume"):
+            self.ask(SteerJob(job="toy", action="pause" if move == "pause" else "resume"))
+        elif move in ("promote", "rollback"):
+            chosen = draw.choice(made[-4:])
+            self.ask(
+                SteerModel(job="toy", action="promote" if move == "promote" else "rollback", version=chosen)
+            )
+        elif move == "clear" and head.quarantine is not None:
+            self.ask(SteerModel(job="toy", action="clear", version=head.quarantine.version))
+        elif move == "quarantine":
+            since = max(head.cleared, default=0)
+            good = [version for version in made if not head.withdrawn(version) and version >= since]
+            if len(good) > 1:
+                self.quarantine(good[-1], good[-2])
+
     def collect(self, *keys: str, delete: bool = True) -> None:
         """As retention does."""
         record = self.log.head()
@@ -186,17 +223,24 @@ def _seasoned_job(policy: str) -> ToyJob:
     return toy
 
 
+MOVES = ("accept", "accept", "accept", "again", "bad", "orphan", "publish")
+STEERING = ("pause", "resume", "promote", "rollback", "quarantine", "clear")
+
+
 def play(toy: ToyJob, seed: int, moves: int) -> None:
-    """A random history: updates of any age, some twice, some bad, some lost before their message; publishes."""
+    """A random history: updates of any age, some twice, some bad, some lost before their message; publishes; and
+    whatever an operator and the gate may do to a job and its versions."""
     draw = random.Random(seed)
     known: list[ClientUpdate] = []
     for _ in range(moves):
-        move = draw.choice(("accept", "accept", "accept", "again", "bad", "orphan", "publish"))
+        move = draw.choice((*MOVES, *MOVES, *STEERING))
         newest = toy.log.head().head.version
         base = max(0, newest - draw.choice((0, 0, 0, 1, 2, 5)))
         site = draw.choice(SITES)
         if move == "publish":
             toy.publish()
+        elif move in STEERING:
+            toy.steer(move, draw)
         elif move == "again" and known:
             accept(toy.context, draw.choice(known))
         else:

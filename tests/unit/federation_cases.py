@@ -16,7 +16,17 @@ from federation.jobs import (
     PolynomialStaleness,
 )
 from federation.keys import update_key
-from federation.types import ClientUpdate, Contribution, Head, ModelVersion, Refusal, Remembered, SiteStatus
+from federation.types import (
+    AbandonedLine,
+    ClientUpdate,
+    Contribution,
+    Head,
+    ModelVersion,
+    Quarantine,
+    Refusal,
+    Remembered,
+    SiteStatus,
+)
 
 names = st.from_regex(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?", fullmatch=True)
 digests = st.from_regex(r"[0-9a-f]{64}", fullmatch=True)
@@ -96,15 +106,28 @@ refusals = st.builds(
     version=versions,
 )
 
+model_versions = st.builds(
+    ModelVersion, version=versions, model=model_refs, server_state=st.none() | model_refs
+)
+version_numbers = st.integers(1, 10**9)
+
 heads = st.builds(
     Head,
-    current=st.builds(ModelVersion, version=versions, model=model_refs, server_state=st.none() | model_refs),
+    current=model_versions,
     pending=st.lists(contributions, max_size=2).map(tuple),
     remembered=st.lists(
         st.builds(Remembered, update_id=update_ids, base_version=versions, reason=st.none() | texts),
         max_size=2,
     ).map(tuple),
     closed=st.none() | texts,
+    hold=st.none() | texts,
+    quarantine=st.none()
+    | st.builds(Quarantine, version=version_numbers, reason=texts, offered=model_versions),
+    stable=st.none() | model_versions,
+    abandoned=st.lists(st.builds(AbandonedLine, first=version_numbers, last=version_numbers), max_size=2).map(
+        tuple
+    ),
+    cleared=st.lists(version_numbers, max_size=2).map(tuple),
 )
 
 stalenesses = (

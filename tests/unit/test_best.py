@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 
 import pytest
 
+from federation.best import Best, best_of
 from federation.errors import BadMessage, NotFound
 from federation.jobs import EvaluationPolicy, Job, ModelRef
 from federation.types import SERVER, Evaluation, Head, ModelVersion
-from storage.best import Best, best_of
 from storage.channels import best_version
 from storage.jobs import list_evaluations, save_evaluation, save_job
 from storage.log import VersionLog

@@ -26,17 +26,24 @@ from federation.jobs import (
 )
 from federation.types import (
     Accepted,
+    Cleared,
     ClientUpdate,
     Closed,
+    Collected,
     Contribution,
     Created,
     DeadLetter,
     Evaluation,
     Head,
+    Held,
     LogRecord,
+    Promoted,
     Published,
+    Quarantined,
     Refusal,
     Refused,
+    Resumed,
+    RolledBack,
     SiteStatus,
 )
 from tests.unit.federation_cases import (
@@ -52,6 +59,8 @@ from tests.unit.federation_cases import (
     site_statuses,
     texts,
     times,
+    update_ids,
+    version_numbers,
     versions,
 )
 
@@ -64,7 +73,21 @@ events = st.one_of(
         merged=st.lists(contributions, max_size=2).map(tuple),
         refused=st.lists(refusals, max_size=1).map(tuple),
     ),
-    st.builds(Closed, reason=texts),
+    st.builds(Closed, reason=texts, by=names),
+    st.builds(Held, reason=texts, by=names),
+    st.builds(Resumed, by=names),
+    st.builds(Quarantined, version=version_numbers, reason=texts),
+    st.builds(Cleared, version=version_numbers, by=names),
+    st.builds(Promoted, version=versions, by=names),
+    st.builds(
+        RolledBack,
+        to=versions,
+        reason=texts,
+        by=names,
+        refused=st.lists(refusals, max_size=1).map(tuple),
+        request_id=st.none() | update_ids,
+    ),
+    st.builds(Collected, keys=st.lists(texts, min_size=1, max_size=3).map(tuple)),
 )
 records = st.builds(
     LogRecord,

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from federation.errors import CorruptLog, NotFound, StoreUnavailable
 from federation.keys import log_key, models_prefix
-from federation.types import Accepted, Closed, Created, Published, Refused
+from federation.types import Accepted, Closed, Created, Published, Refused, RolledBack
 from storage.memory import MemoryStore
 from storage.models import load_model, save_model
 from storage.tensors import encode, from_arrays
@@ -44,8 +44,11 @@ def toy() -> ToyJob:
 
 def versions(toy: ToyJob) -> list[tuple[int, int, str]]:
     """(seq, version, digest) of every version in the log."""
-    made = [r for r in toy.records() if isinstance(r.event, Created | Published)]
-    made = [r for r in made if isinstance(r.event, Created) or r.event.merged]  # type: ignore[union-attr]
+    made = [
+        r
+        for r in toy.records()
+        if isinstance(r.event, Created | RolledBack) or (isinstance(r.event, Published) and r.event.merged)
+    ]
     return [(r.seq, r.head.version, r.head.current.model.sha256) for r in made]
 
 
