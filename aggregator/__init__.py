@@ -9,6 +9,8 @@ numpy only. No I/O, no clock, no logging, no torch: everything here is a functio
     selection     which sites an invited job asks to train now
     stopping      stop rule + what was measured + head + time -> why the job closes
     gate          what was measured + head -> the version that must not be used
+    lineage       the log -> what a version is made of, and each site's share in it
+    consent       rule + contributors + answers -> may a version be given away?
     merge         Merge: folds verified payloads into the model, one at a time
     fedasync, fedbuff, fedavg, server_opt    one algorithm each: data plus functions
     statistics    BatchNorm running mean and variance as a mixture
