@@ -12,9 +12,11 @@ import numpy as np
 import pytest
 
 from federation.ids import new_update_id
-from federation.keys import job_prefix, updates_prefix
-from federation.points import watch
+from federation.jobs import ModelRef
+from federation.keys import job_prefix, models_prefix, updates_prefix
+from federation.points import Point, watch
 from federation.requests import Answer, Request, SubmitJob
+from federation.settings import Settings
 from federation.types import SERVER, Created, Head
 from storage.audit import audit
 from storage.control import announced, load_announcement
@@ -22,12 +24,12 @@ from storage.jobs import load_job
 from storage.memory import MemoryStore
 from storage.models import describe_upload, load_model
 from tasks import celery
+from tasks.accept import accept
 from tasks.jobs import UPDATE_SLACK_BYTES
+from tasks.publish import publish_pending
 from tasks.requests import handle
-from tests.factories import Arrays, payload_of, toy_arrays
+from tests.factories import Arrays, client_update, payload_of, toy_arrays
 from tests.unit.test_tasks import Worker
-
-Change = Callable[[dict[str, Any]], object]
 
 
 class Died(BaseException):
@@ -202,3 +204,207 @@ def test_what_does_not_fit_together_is_found_all_at_once(worker: Worker) -> None
 def test_a_mistake_is_named_with_its_field(worker: Worker, changes: dict[str, Any], expected: str) -> None:
     found = errors(handle(worker, submission(worker.store, **changes)))
     assert re.search(expected, found), found
+
+
+# --- files that are not what they should be -----------------------------------------------------------------
+
+
+def test_nobody_can_make_a_model_of_what_others_uploaded(worker: Worker) -> None:
+    """It would be copied to where every site may read it."""
+    payload = payload_of(toy_arrays(9.0))
+    others = client_update(payload, site="site-b", job="toy")
+    worker.store.put_if_absent(others.payload_key, payload)
+    ref = ModelRef(key=others.payload_key, sha256=others.payload_sha256, nbytes=others.payload_bytes)
+    found = errors(handle(worker, request("site-a", SubmitJob(document=document(), initial=ref, first=ref))))
+    assert found.count("its key must be jobs/toy/updates/site-a/") == 2
+    assert list(worker.store.list(models_prefix("toy"))) == []
+    assert worker.store.size(others.payload_key) == len(payload)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "jobs/toy/job.json",
+        "jobs/other/updates/site-a/{id}.safetensors",
+        "jobs/toy/updates/site-a/x.safetensors",
+        "jobs/toy/updates/site-a/../site-b/{id}.safetensors",
+        "answers/site-a/{id}.json",
+    ],
+)
+def test_a_key_that_is_no_upload_of_this_job_is_neither_read_nor_deleted(worker: Worker, key: str) -> None:
+    key = key.format(id=new_update_id())
+    if ".." not in key:
+        worker.store.put(key, b"not yours")
+    ref = ModelRef(key=key, sha256="0" * 64, nbytes=9)
+    answer = handle(
+        worker, request("site-a", SubmitJob(document=document(id="toy2"), initial=ref, first=ref))
+    )
+    assert all("its key must be jobs/toy2/updates/site-a/" in error for error in answer.errors)
+    if not key.startswith(
+        "jobs/other/"
+    ):  # that is an upload of this site's own, of a job that there is none of
+        assert ".." in key or worker.store.size(key)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (lambda ref: ref.model_copy(update={"nbytes": ref.nbytes + 1}), "declared are"),
+        (lambda ref: ref.model_copy(update={"sha256": "0" * 64}), "declared is 0000"),
+        (lambda ref: ref.model_copy(update={"nbytes": 2 << 30}), "at most 1073741824 are read"),
+    ],
+)
+def test_a_file_that_is_not_as_declared_is_refused_and_says_so(
+    worker: Worker, spoil: Callable[[ModelRef], ModelRef], expected: str
+) -> None:
+    good = submit_job(submission(worker.store))
+    found = errors(handle(worker, request("site-a", good.model_copy(update={"first": spoil(good.first)}))))
+    assert found.startswith("first: ")
+    assert expected in found
+
+
+def test_a_model_too_large_for_this_server_is_refused_unread(store: MemoryStore, worker: Worker) -> None:
+    worker.settings = Settings(max_update_bytes=1024)
+    asked = submission(store, initial={"w": np.zeros(500, np.float32)})
+    found = errors(handle(worker, asked))
+    assert found.startswith("initial: ")
+    assert f"{submit_job(asked).initial.nbytes} bytes, at most 1024 are read" in found
+
+
+def test_a_first_version_must_be_part_of_the_model(worker: Worker) -> None:
+    first = {**toy_arrays(), "conv.weight": np.zeros(3, np.float32), "more": np.zeros(1, np.float32)}
+    (error,) = handle(worker, submission(worker.store, initial=toy_arrays(), first=first)).errors
+    assert error == "first: not in the initial model, or of another type or shape: conv.weight, more"
+
+
+# --- once ---------------------------------------------------------------------------------------------------
+
+
+class DyingStore(MemoryStore):
+    """Dies before its `moment`-th change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moment = -1
+
+    def _live(self) -> None:
+        self.moment -= 1
+        if self.moment == 0:
+            raise Died
+
+    def put(self, key: str, data: bytes | bytearray | memoryview) -> None:
+        self._live()
+        super().put(key, data)
+
+    def put_if_absent(self, key: str, data: bytes | bytearray | memoryview) -> bool:
+        self._live()
+        return super().put_if_absent(key, data)
+
+    def delete(self, key: str) -> None:
+        self._live()
+        super().delete(key)
+
+
+def test_wherever_a_worker_dies_the_next_one_finishes(tmp_path: Path) -> None:
+    deaths = 0
+    for moment in range(1, 100):
+        store = DyingStore()
+        asked = submission(
+            store, initial=toy_arrays(1.0), first={"conv.weight": toy_arrays(1.0)["conv.weight"]}
+        )
+        store.moment = moment
+        workers = [Worker(store, tmp_path) for _ in range(2)]
+        try:
+            handle(workers[0], asked)
+        except Died:
+            deaths += 1
+        else:
+            break
+        finally:
+            store.moment = -1
+        answer = handle(workers[1], asked)
+        assert answer.ok, (moment, answer.errors)
+        assert [type(r.event) for r in workers[1].log("toy").history()] == [Created]
+        assert [*announced(store)] == ["toy"]
+        assert [*store.list(updates_prefix("toy"))] == []
+        assert len([*store.list(models_prefix("toy"))]) == 2
+        assert list(audit(store, "toy")) == []
+        for worker in workers:
+            worker.broker.close()
+    assert deaths == 8  # two models, job.json, log, announcement, answer, two uploads
+
+
+def test_a_refusal_is_the_same_when_its_message_comes_again(tmp_path: Path) -> None:
+    for moment in (1, 2):  # the answer, the upload
+        store = DyingStore()
+        asked = submission(store, classes=[])
+        store.moment = moment
+        worker = Worker(store, tmp_path)
+        with pytest.raises(Died):
+            handle(worker, asked)
+        store.moment = -1
+        assert errors(handle(worker, asked)).startswith("classes: ")
+        assert [*store.list("jobs/")] == []
+        worker.broker.close()
+
+
+def test_a_request_again_changes_nothing_and_the_same_job_again_is_another_request(worker: Worker) -> None:
+    asked = submission(worker.store)
+    first = handle(worker, asked)
+    assert handle(worker, asked) == first
+    before = {key: worker.store.get(key, max_bytes=1 << 20) for key in worker.store.list("")}
+    found = errors(handle(worker, submission(worker.store)))
+    assert found == "id: there is a job 'toy' already, of site-a: choose another"
+    after = {key: worker.store.get(key, max_bytes=1 << 20) for key in worker.store.list("")}
+    assert {key: after[key] for key in before} == before
+
+
+def test_of_two_that_race_for_an_id_one_wins_and_the_other_is_told(
+    store: MemoryStore, worker: Worker, tmp_path: Path
+) -> None:
+    """The second comes when the first has looked, and not yet written."""
+    mine, theirs = submission(store, "site-a"), submission(store, "site-b", initial=toy_arrays(3.0))
+    other = Worker(store, tmp_path)
+    answers: list[Answer] = []
+
+    def meanwhile(point: Point) -> None:
+        if point is Point.MODELS_COPIED:
+            watch(None)
+            answers.append(handle(other, theirs))
+
+    watch(meanwhile)
+    answers.append(handle(worker, mine))
+    other.broker.close()
+    assert [answer.ok for answer in answers] == [True, False]
+    assert answers[1].errors == ("id: there is a job 'toy' already, of site-b: choose another",)
+    assert load_job(store, "toy").submitted_by == "site-b"
+    model = load_model(store, head(worker).current.model).arrays()
+    assert np.all(model["conv.weight"] == 3)
+    assert [f for f in audit(store, "toy") if f.level == "error"] == []
+
+
+def test_a_request_that_comes_again_deletes_no_update(worker: Worker) -> None:
+    """A site may give an update the id of a file that it submitted."""
+    asked = submission(worker.store)
+    handle(worker, asked)
+    payload = payload_of(toy_arrays(1.0))
+    update_id = submit_job(asked).first.key.rpartition("/")[2].removesuffix(".safetensors")
+    update = client_update(payload, update_id=update_id, job="toy", site="site-a")
+    worker.store.put_if_absent(update.payload_key, payload)
+    accept(worker, update)
+    handle(worker, asked)
+    publish_pending(worker, load_job(worker.store, "toy"))
+    assert head(worker).version == 1
+    assert [f for f in audit(worker.store, "toy") if f.level == "error"] == []
+
+
+def test_a_refused_submission_deletes_no_update_of_the_job_that_is_there(worker: Worker) -> None:
+    handle(worker, submission(worker.store, "site-b"))
+    payload = payload_of(toy_arrays(1.0))
+    update = client_update(payload, job="toy", site="site-a")
+    worker.store.put_if_absent(update.payload_key, payload)
+    accept(worker, update)
+    publish_pending(worker, load_job(worker.store, "toy"))
+    ref = ModelRef(key=update.payload_key, sha256=update.payload_sha256, nbytes=update.payload_bytes)
+    handle(worker, request("site-a", SubmitJob(document=document(), initial=ref, first=ref)))
+    assert [f for f in audit(worker.store, "toy") if f.level == "error"] == []
