@@ -19,6 +19,7 @@ from cli.options import (
     stop_on_signals,
 )
 from cli.sites import list_sites, show_site
+from cli.site_key import key
 from federation.errors import FedqueueError
 from federation.settings import Settings, env_name
 from storage.open import open_store
@@ -31,6 +32,7 @@ app.command("list")(list_sites)
 app.command("show")(show_site)
 app.command()(deploy)
 app.command()(deployed)
+app.command()(key)
 
 
 @app.command()

@@ -20,6 +20,7 @@ offline.py            versions to predict with, also while the store is away
 deployed.py           the folder that an inference process reads: versions, links, manifest, history
 deployment.py         keeps it what a channel says
 postcheck.py          is a deployed model fit for use?
+site_key.py           the key by which this site signs
 heartbeat.py          tells the server what this site is doing
 machine.py            ... and how busy its computer is
 backoff.py            how long to wait after a failure

@@ -15,7 +15,8 @@ reading.py      reading values, and twice what looks broken
 tensors.py      safetensors files in canonical layout
 models.py       models and payloads, written and read under their digest; a site's cache
 jobs.py         job.json, evaluations, refusals, dead letters
-control.py      announcements, answers to requests, members, invitations
+control.py      announcements, answers to requests, members, invitations, sites' keys
+releases.py     proposals to give a version away, the sites' answers, the bundle
 channels.py     which version is latest, best, stable
 account.py      what a job cost and brought, counted from the log
 log.py          the version log: append by compare-and-swap, read, follow

@@ -1,15 +1,17 @@
-"""The control plane's objects in the bucket: announcements, answers to requests, members, invitations."""
+"""The control plane's objects in the bucket: announcements, answers to requests, members, invitations, sites' keys."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from typing import TypeVar
 
 from federation import keys
 from federation.base import Value
-from federation.errors import AccessDenied, NotFound
-from federation.governance import Announcement, Invitation, Member
+from federation.errors import AccessDenied, NotFound, Rejected
+from federation.governance import Announcement, Invitation, Member, SiteKey
 from federation.requests import Answer
+from federation.signatures import fingerprint
 from storage.blob import BlobStore
 from storage.reading import load_value
 
@@ -71,6 +73,25 @@ def load_invitation(store: BlobStore, job: str, site: str) -> Invitation | None:
 def list_invitations(store: BlobStore, job: str) -> list[Invitation]:
     """The newest of each site, expired or not, by site."""
     return [load_value(store, key, Invitation) for key in store.list(keys.invitations_prefix(job))]
+
+
+def pin_key(store: BlobStore, site: str, public_key: str) -> None:
+    """Remember by which key the site signs: the first that it tells. Raises Rejected for any other one."""
+    told = SiteKey(site=site, public_key=public_key, at=datetime.now(UTC))
+    if store.put_if_absent(keys.site_key(site), told.to_json()):
+        return
+    known = load_value(store, keys.site_key(site), SiteKey)
+    if known.public_key != public_key:
+        raise Rejected(
+            f"site {site} told the key {fingerprint(known.public_key)} before, this one is {fingerprint(public_key)}: "
+            "restore release.key of its state folder from a backup (docs/release.md says what to do if it is lost)",
+            "another-key",
+        )
+
+
+def load_key(store: BlobStore, site: str) -> SiteKey | None:
+    """None: the site has not told its key yet. A site's account may ask this."""
+    return _maybe(store, keys.site_key(site), SiteKey)
 
 
 def _maybe(store: BlobStore, key: str, kind: type[V]) -> V | None:

@@ -8,7 +8,7 @@ from federation.governance import Member
 from federation.jobs import Job
 from federation.requests import DeclineJob, JoinJob, Request
 from federation.types import Event, Head, LogRecord, Resumed
-from storage.control import list_members, save_member
+from storage.control import list_members, pin_key, save_member
 from tasks import records
 from tasks.context import Context
 from tasks.tell import tell_changed
@@ -27,6 +27,9 @@ def join(context: Context, request: Request) -> str:
         raise Rejected(f"job {job.id} is closed: {head.closed}")
     if job.spec.participants is not None and request.who not in job.spec.participants:
         raise Rejected(f"site {request.who} is not among the participants of job {job.id}: ask its owner")
+    if asked.public_key is not None:
+        # a site that joined with a key that does not count could never consent to a release
+        pin_key(context.store, request.who, asked.public_key)
     save_member(
         context.store,
         Member(job=job.id, site=request.who, answer="joined", num_images=asked.num_images, at=request.at),
