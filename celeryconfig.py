@@ -41,7 +41,9 @@ task_default_exchange = _topology.TASKS_EXCHANGE
 task_default_exchange_type = "topic"  # a direct one makes delayed tasks block a worker on quorum queues
 task_default_routing_key = "merge.unknown"
 task_create_missing_queues = False  # a misspelt queue is an error, not a new queue that nobody reads
-task_routes = {"fedqueue.evaluate_version": {"queue": _topology.EVALUATE}}
+task_routes = {
+    f"fedqueue.{name}": {"queue": _topology.EVALUATE} for name in ("evaluate_version", "write_release")
+}
 
 # --- messages ----------------------------------------------------------------------------------------------
 accept_content = ["json"]  # nothing is unpickled, ever

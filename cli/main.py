@@ -14,6 +14,7 @@ from cli import (
     job,
     model,
     predict,
+    release,
     server,
     settings,
     site,
@@ -32,6 +33,7 @@ app.add_typer(site.app, name="site")
 job.app.command("invitations")(invitations.invitations)
 app.add_typer(job.app, name="job")
 app.add_typer(model.app, name="model")
+app.add_typer(release.app, name="release")
 app.add_typer(data.app, name="data")
 app.add_typer(server.app, name="server")
 app.add_typer(deadletter.app, name="deadletter")

@@ -18,8 +18,8 @@ from cli.options import (
     log_to_stderr,
     stop_on_signals,
 )
-from cli.sites import list_sites, show_site
 from cli.site_key import key
+from cli.sites import list_sites, show_site
 from federation.errors import FedqueueError
 from federation.settings import Settings, env_name
 from storage.open import open_store

@@ -4,19 +4,23 @@ announced/<job>.json                  Announcement
 sites/<site>.json                     SiteKey
 jobs/<job>/members/<site>.json        Member
 jobs/<job>/invitations/<site>.json    Invitation
-jobs/<job>/releases/<version>/…       Proposal, SignedConsent
+jobs/<job>/releases/<version>/
+    proposal.json                     Proposal
+    answers/<n>.json                  ReleaseRecord: SiteAnswers in the order in which they came, at last a Decision
+    bundle/card.json, consents.json   Card, Consents
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AwareDatetime, Field
 
 from federation.base import Value
 from federation.ids import Name, Sha256
-from federation.jobs import MAX_VERSION
-from federation.requests import PublicKey, Reason, Signature
+from federation.jobs import MAX_VERSION, ClassName, ReleaseRule
+from federation.requests import MAX_SIGNED, Consent, PublicKey, Reason, Signature
+from federation.types import Metrics
 
 
 class Announcement(Value):
@@ -65,24 +69,115 @@ class SiteKey(Value):
     at: AwareDatetime
 
 
+# --- releases ------------------------------------------------------------------------------------------
+
+
 class Proposal(Value):
-    """The question to every contributor of a version: may it be given away outside?"""
+    """The question to every contributor of a version: may it be given away outside, for this purpose?"""
 
     schema_version: Literal[1] = 1
     job: Name
     version: int = Field(ge=0, le=MAX_VERSION)
-    model_sha256: Sha256
+    model_sha256: Sha256 = Field(description="of the version's stored model, as the log names it")
+    file_sha256: Sha256 = Field(description="of bundle/model.safetensors: the same with all tensors")
+    file_bytes: int = Field(ge=1)
     purpose: Reason = ""
-    contributors: tuple[Name, ...]
+    contributors: tuple[Name, ...] = Field(min_length=1)
     by: Name
     at: AwareDatetime
 
 
 class SignedConsent(Value):
-    """An answer as it came: `signed` is a Consent, byte for byte what the signature is of."""
+    """`signed` is a Consent, byte for byte what the signature is of."""
 
-    schema_version: Literal[1] = 1
-    signed: str = Field(max_length=2000)
+    signed: str = Field(max_length=MAX_SIGNED)
     public_key: PublicKey
     signature: Signature
+
+    def consent(self) -> Consent:
+        """Raises Rejected if it is none. The signature is for `federation.signatures.verifies`."""
+        return Consent.from_json(self.signed)
+
+
+class SiteAnswer(Value):
+    """A site's answer. Its newest one counts."""
+
+    schema_version: Literal[1] = 1
+    type: Literal["answer"] = "answer"
+    site: Name = Field(description="as the broker knows it")
+    consent: SignedConsent
     received_at: AwareDatetime
+
+
+class Decision(Value):
+    """The rule is met by the answers before this record: the bundle is made of them, and no answer follows."""
+
+    schema_version: Literal[1] = 1
+    type: Literal["decision"] = "decision"
+    at: AwareDatetime
+
+
+class ReleaseRecord(Value):
+    """`answers/<n>.json`, appended by put-if-absent: so every answer comes before the decision, or too late."""
+
+    record: Annotated[SiteAnswer | Decision, Field(discriminator="type")]
+
+
+class Consents(Value):
+    """`consents.json` of a bundle: the approvals that it rests on. Of who refused or was silent it says the number."""
+
+    schema_version: Literal[1] = 1
+    job: Name
+    version: int = Field(ge=0, le=MAX_VERSION)
+    rule: ReleaseRule
+    contributors: int = Field(ge=1)
+    approvals: tuple[SignedConsent, ...]
+
+
+class CardContributor(Value):
+    """A contributor that lets itself be named."""
+
+    site: Name
+    share: float = Field(ge=0, le=1, description="of the weights that all updates in it were merged with")
+    updates: int = Field(ge=1)
+    images: int = Field(ge=1, description="training images behind its largest update")
+
+
+class CardEvaluation(Value):
+    """What somebody measured; without a name if it is a site that does not let itself be named."""
+
+    who: Name | None
+    num_images: int | None
+    metrics: Metrics
+    per_class: dict[str, dict[str, float]]
+
+
+class Card(Value):
+    """`card.json` of a bundle: what the model card says, for programs."""
+
+    schema_version: Literal[1] = 1
+    job: Name
+    version: int = Field(ge=0, le=MAX_VERSION)
+    purpose: Reason
+    classes: tuple[ClassName, ...]
+    arch: str
+    image_size: int
+    model_sha256: Sha256 = Field(description="of the version's stored model, as the log names it")
+    file_sha256: Sha256 = Field(description="of model.safetensors")
+    file_bytes: int
+    onnx_sha256: Sha256 | None = Field(description="of model.onnx; none: `onnx_problem` says why")
+    onnx_problem: str = ""
+    initial_sha256: Sha256 = Field(description="of the model that the job began with")
+    aggregation: dict[str, Any] = Field(description="the job's policy")
+    spans: tuple[tuple[int, int], ...] = Field(
+        description="the versions that led to it, first and last of each stretch; what was rolled back is left out"
+    )
+    updates: int = Field(description="merged into those versions")
+    mean_staleness: float
+    rule: ReleaseRule
+    contributors: int
+    approved: int
+    named: tuple[CardContributor, ...]
+    evaluations: tuple[CardEvaluation, ...]
+    proposed_at: AwareDatetime
+    decided_at: AwareDatetime

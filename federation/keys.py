@@ -15,7 +15,7 @@ jobs/<job>/
     members/<site>.json                    joined or declined, and why
     invitations/<site>.json                until when the site is invited to train
     releases/<version>/proposal.json       the question whether this version may be given away outside
-    releases/<version>/answers/<site>/<n>.json   each answer of a site, signed; the newest counts
+    releases/<version>/answers/<n>.json    the sites' signed answers as they came, at last the decision
     releases/<version>/bundle/…            what was released, once the job's rule was met
 """
 
@@ -134,13 +134,18 @@ def proposal_key(job: str, version: int) -> str:
     return f"{release_prefix(job, version)}proposal.json"
 
 
-def consents_prefix(job: str, version: int) -> str:
+def release_records_prefix(job: str, version: int) -> str:
     return f"{release_prefix(job, version)}answers/"
 
 
-def consent_key(job: str, version: int, site: str, number: int) -> str:
-    return f"{consents_prefix(job, version)}{site}/{number:06d}.json"
+def release_record_key(job: str, version: int, number: int) -> str:
+    """Zero-padded, so that the order of the listing is that of the answers."""
+    return f"{release_records_prefix(job, version)}{number:06d}.json"
+
+
+def bundle_prefix(job: str, version: int) -> str:
+    return f"{release_prefix(job, version)}bundle/"
 
 
 def bundle_key(job: str, version: int, name: str) -> str:
-    return f"{release_prefix(job, version)}bundle/{name}"
+    return f"{bundle_prefix(job, version)}{name}"

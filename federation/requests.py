@@ -21,6 +21,8 @@ from federation.jobs import MAX_VERSION, ModelRef
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="Ed25519, RFC 8032, hexadecimal")]
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$", description="Ed25519, RFC 8032, hexadecimal")]
 Reason = Annotated[str, Field(max_length=200)]
+MAX_SIGNED = 4000
+"""Characters of a Consent as JSON."""
 
 
 class SubmitJob(Value):
@@ -82,16 +84,23 @@ class ProposeRelease(Value):
 
 
 class Consent(Value):
-    """A site's answer to a release, and exactly what it signs: this value's JSON (`to_json`)."""
+    """A site's answer to a proposal, and exactly what it signs: the UTF-8 bytes of this value's JSON.
+
+    It repeats what was asked, so that nobody can put another model or purpose to an answer.
+    """
 
     schema_version: Literal[1] = 1
+    kind: Literal["release-consent"] = "release-consent"
     job: Name
     version: int = Field(ge=0, le=MAX_VERSION)
     model_sha256: Sha256 = Field(description="of the version's stored model, as the log names it")
-    site: Name
+    file_sha256: Sha256 = Field(description="of the file that would be given away: the same with all tensors")
+    purpose: Reason = Field(description="of the proposal, word for word")
     answer: Literal["approve", "refuse"]
     reason: Reason = ""
-    name_us: bool = Field(default=False, description="the model card may name this site and its share")
+    site: Name | None = Field(
+        default=None, description="given: the bundle may name this site and its share; none: it must not"
+    )
     at: AwareDatetime
 
 
@@ -101,7 +110,7 @@ class AnswerRelease(Value):
     kind: Literal["answer-release"] = "answer-release"
     job: Name
     version: int = Field(ge=0, le=MAX_VERSION)
-    signed: str = Field(max_length=2000, description="a Consent as JSON, byte for byte what was signed")
+    signed: str = Field(max_length=MAX_SIGNED, description="a Consent as JSON, byte for byte what was signed")
     public_key: PublicKey
     signature: Signature
 

@@ -45,7 +45,7 @@ _ANY_ID = re.compile(_ID)
 _KINDS = {  # what lies below jobs/<job>/<kind>/, besides the log
     "invitations": re.compile(rf"{_NAME}\.json\Z"),
     "members": re.compile(rf"{_NAME}\.json\Z"),
-    "releases": re.compile(rf"[0-9]{{10}}/(proposal\.json|answers/{_NAME}/[0-9]{{6}}\.json|bundle/[^/]+)\Z"),
+    "releases": re.compile(r"[0-9]{10}/(proposal\.json|answers/[0-9]{6}\.json|bundle/[^/]+)\Z"),
     "metrics": re.compile(rf"[0-9]{{10}}/{_NAME}\.json\Z"),
     "models": re.compile(r"[0-9a-f]{64}(-[0-9a-z]+)?\.safetensors\Z"),
     "rejected": re.compile(rf"{_NAME}/{_ID}\.json\Z"),

@@ -8,13 +8,16 @@ accept.py       fedqueue.accept_update     one update -> one log record
 publish.py      fedqueue.publish_version   all pending updates -> one model version
 state.py        the server optimiser's state, stored beside the model
 tell.py         hints to the sites, after the log has it
-evaluate.py     fedqueue.evaluate_version  one version -> metrics on the held-out set (the only torch here)
+evaluate.py     fedqueue.evaluate_version  one version -> metrics on the held-out set (torch, as in bundle.py)
 jobs.py         a job that is submitted: job description -> job.json and version 0
 requests.py     fedqueue.handle_request    what a site or an operator asks: done and answered
 members.py      which sites take part in a job
 invite.py       which sites train next, in jobs that invite them
 steer.py        pause, resume, stop; promote, roll back, clear a quarantine
 judge.py        what follows from measurements and the clock: quarantine, the end of a job
+release.py      a version proposed for release, and the sites' answers
+bundle.py       fedqueue.write_release     a release whose rule is met -> its bundle
+model_card.py   the bundle's card, for programs and for people
 closing.py      the end of a job
 oversee.py      fedqueue.oversee_jobs      what a job needs by the clock
 records.py      appending to a log what is no update

@@ -34,6 +34,7 @@ log = logging.getLogger("fedqueue.tasks")
 ACCEPT = "fedqueue.accept_update"
 PUBLISH = "fedqueue.publish_version"
 EVALUATE = "fedqueue.evaluate_version"
+WRITE_RELEASE = "fedqueue.write_release"
 RECORD_REPORT = "fedqueue.record_report"
 HANDLE_REQUEST = "fedqueue.handle_request"
 OVERSEE_JOBS = "fedqueue.oversee_jobs"
@@ -49,6 +50,7 @@ ROUTING_KEYS = {
     KEEP_DEAD_LETTER: "merge.keep_dead_letter",
     TEND_JOBS: "merge.tend_jobs",
     EVALUATE: "evaluate.evaluate_version",
+    WRITE_RELEASE: "evaluate.write_release",
 }
 TASK_TYPE = "fedqueue.task.v1"
 
@@ -58,6 +60,7 @@ app.conf.include = [
     "tasks.accept",
     "tasks.publish",
     "tasks.evaluate",
+    "tasks.bundle",
     "tasks.report",
     "tasks.requests",
     "tasks.oversee",

@@ -95,7 +95,7 @@ def _answer(context: Context, request: Request) -> Answer:
 
 def handlers() -> dict[str, Handler]:
     """By kind of request. A function, because the handlers' modules import this one for `RequestRefused`."""
-    from tasks import jobs, members, steer
+    from tasks import jobs, members, release, steer
 
     return {
         "submit-job": jobs.submit,
@@ -103,4 +103,6 @@ def handlers() -> dict[str, Handler]:
         "decline-job": members.decline,
         "steer-job": steer.steer_job,
         "steer-model": steer.steer_model,
+        "propose-release": release.propose,
+        "answer-release": release.answer,
     }

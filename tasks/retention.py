@@ -4,6 +4,7 @@
     what still waits in a closed job is refused   so that it has an end, too
     a refusal that only the log knows is told     whoever recorded it may have died before it told anybody
     an evaluation that is due is asked for again  likewise
+    a release whose rule is met, too              likewise
     what is needed no more is removed             storage/retention.py says what and how
 
 A run takes a small share of the time limit, because merging waits for it: what is left then is for the next run.
@@ -39,6 +40,7 @@ from tasks.closing import refuse_leftovers
 from tasks.context import Context, current
 from tasks.judge import judge
 from tasks.publish import evaluation_due
+from tasks.release import ask_for_bundles
 from tasks.tell import tell_refused
 
 log = logging.getLogger("fedqueue.retention")
@@ -125,6 +127,7 @@ def _mend(context: Context, job: Job) -> None:
         context.send(celery.PUBLISH, {"job": job.id})
     refuse_leftovers(context, job)
     judge(context, job)  # of a closed job, too: its last version may fail the gate
+    ask_for_bundles(context, job)
 
 
 def _collect(context: Context, job: Job, retentions: dict[str, Retention], stop: Callable[[], bool]) -> None:
