@@ -36,7 +36,8 @@ from tests.servers.rgw import Rgw
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 60.0
-SITES = ("site-a", "site-b")
+SITES = ("site-a", "site-b", "site-c")
+OVERSEE_EVERY_S = "1"
 
 
 def until(what: str, condition: Callable[[], object], patience_s: float = PATIENCE_S) -> None:
@@ -194,6 +195,7 @@ def embedded(folder: Path) -> Server:
         env_name("broker_url"): f"sqlite:{folder / 'queue.db'}",
         env_name("store_url"): f"file:{folder / 'store'}",
         env_name("live_url"): f"file:{folder / 'live'}",
+        env_name("oversee_every_s"): OVERSEE_EVERY_S,
     }
     commands = {"aggregator": ["cli.main", "worker", "--queue", "merge"]}
     return Server(environment, {}, folder, commands)
@@ -209,6 +211,7 @@ def real(folder: Path, rabbitmq: RabbitMQ, redis: RedisServer, s3: Rgw) -> Serve
         env_name("store_access_key"): s3.admin.access_key,
         env_name("store_secret_key"): s3.admin.secret_key,
         env_name("live_url"): redis.url,
+        env_name("oversee_every_s"): OVERSEE_EVERY_S,
     }
     site_urls = {site: rabbitmq.url_of(site, f"{site}-secret") for site in SITES}
     commands = {
