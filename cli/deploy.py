@@ -8,7 +8,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from cli.options import JobId, StoreUrl, console, fail, load, log_to_stderr, stop_on_signals
+from cli.options import (
+    JobId,
+    StoreUrl,
+    console,
+    fail,
+    load,
+    log_to_stderr,
+    printable,
+    stop_on_signals,
+)
 from cli.predict import known_models
 from federation.errors import FedqueueError
 from federation.settings import Settings
@@ -153,6 +162,7 @@ def deployed(
         table.add_row(link, str(manifest.version), manifest.channel, at, model, files)
     console.print(f"[bold]{note.job}[/]  {out}", highlight=False)
     console.print(table)
+    console.print()
     if note.trial is not None:
         console.print(
             f"[yellow]versions/{note.trial.folder} is being checked, or its deployment was killed: "
@@ -160,14 +170,10 @@ def deployed(
             highlight=False,
             soft_wrap=True,
         )
-    if note.history:
-        lines = Table("at (UTC)", "version", "", "channel", "why", box=None)
-        waiting = {(failure.version, failure.reason) for failure in note.failures}
-        for entry in note.history:
-            blocked = entry.what == "failed" and (entry.version, entry.reason) in waiting
-            what = f"{entry.what}, not tried again" if blocked else entry.what
-            lines.add_row(
-                f"{entry.at:%Y-%m-%d %H:%M:%S}", str(entry.version), what, entry.channel, entry.reason
-            )
-        console.print()
-        console.print(lines)
+    waiting = {(failure.version, failure.reason) for failure in note.failures}
+    for entry in note.history:
+        blocked = entry.what == "failed" and (entry.version, entry.reason) in waiting
+        line = f"{entry.at:%Y-%m-%d %H:%M:%S}  v{entry.version:<5d} {entry.what:<9} {entry.channel}"
+        line += f"  {printable(entry.reason)}" if entry.reason else ""
+        line += "; not tried again before --retry" if blocked else ""
+        console.print(line, markup=False, highlight=False, soft_wrap=True)

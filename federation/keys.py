@@ -82,12 +82,13 @@ def rejected_key(job: str, site: str, update_id: str) -> str:
     return f"{rejected_prefix(job)}{site}/{update_id}.json"
 
 
-def metrics_prefix(job: str) -> str:
-    return f"{job_prefix(job)}metrics/"
+def metrics_prefix(job: str, version: int | None = None) -> str:
+    """Of all versions, or of one."""
+    return f"{job_prefix(job)}metrics/" + ("" if version is None else f"{version:010d}/")
 
 
 def metrics_key(job: str, version: int, who: str) -> str:
-    return f"{metrics_prefix(job)}{version:010d}/{who}.json"
+    return f"{metrics_prefix(job, version)}{who}.json"
 
 
 def deadletter_key(letter_id: str) -> str:

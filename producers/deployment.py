@@ -231,8 +231,7 @@ class Deployment:
         return self._store
 
     def _metrics(self, version: int) -> dict[str, Metrics]:
-        evaluations = list_evaluations(self._open(), self.folder.job)
-        return {e.who: e.metrics for e in evaluations if e.version == version}
+        return {e.who: e.metrics for e in list_evaluations(self._open(), self.folder.job, version)}
 
     @contextmanager
     def _disk(self) -> Iterator[None]:

@@ -133,5 +133,5 @@ def _said(output: IO[bytes]) -> str:
     """The end of what the command has printed."""
     length = output.seek(0, os.SEEK_END)
     output.seek(max(0, length - OUTPUT_SHOWN))
-    text = output.read().decode(errors="replace").strip()
+    text = " ".join(output.read().decode(errors="replace").split())
     return f": {text}" if text else ""

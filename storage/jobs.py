@@ -74,9 +74,10 @@ def load_evaluation(store: BlobStore, job_id: str, version: int, who: str) -> Ev
         return None
 
 
-def list_evaluations(store: BlobStore, job_id: str) -> list[Evaluation]:
-    """All measurements of a job's versions, by version, then by who measured."""
-    return [load_value(store, key, Evaluation) for key in store.list(keys.metrics_prefix(job_id))]
+def list_evaluations(store: BlobStore, job_id: str, version: int | None = None) -> list[Evaluation]:
+    """All measurements of a job's versions, or of one, by version, then by who measured."""
+    prefix = keys.metrics_prefix(job_id, version)
+    return [load_value(store, key, Evaluation) for key in store.list(prefix)]
 
 
 def newest_measured(store: BlobStore, job: Job) -> tuple[int, float] | None:
