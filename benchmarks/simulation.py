@@ -33,8 +33,8 @@ from federation.ids import new_update_id
 from federation.jobs import JobSpec
 from federation.keys import update_key
 from federation.types import ClientUpdate
-from producers.agent import training_seed
 from producers.local import payload as payload_of
+from producers.work import training_seed
 from storage.tensors import TensorFile, from_arrays
 
 
