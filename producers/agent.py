@@ -251,7 +251,10 @@ class SiteAgent:
 
     def _leftovers(self, job: Job) -> JobWork | None:
         """Work without training, if an earlier run has left something to deliver or to hear of."""
-        outbox = Outbox(self._shared.folder(job.id))
+        folder = self._shared.folder(job.id)
+        if not folder.exists():
+            return None
+        outbox = Outbox(folder)
         left = bool(outbox.sent()) or any(True for _ in outbox.waiting())
         return JobWork(self._shared, job, None) if left else None
 
