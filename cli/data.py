@@ -12,10 +12,11 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from cli.options import StoreUrl, chosen_store, console, fail
+from cli.options import StoreUrl, console, fail, load
 from federation.errors import BadDataset, FedqueueError
 from federation.settings import AnnotationFormat
 from storage.jobs import load_job
+from storage.open import open_store
 
 if TYPE_CHECKING:
     from detection.check import Checked
@@ -71,9 +72,11 @@ def check(
         fail("give --classes or --job, not both")
     try:
         names = _names(classes)
+        others: tuple[str, ...] = ()
         if job is not None:
-            names = load_job(chosen_store(store_url), job).spec.classes
-        checked = _look(path, images, format, names)
+            settings = load(store_url=store_url)
+            names, others = load_job(open_store(settings), job).spec.classes, settings.site_classes or ()
+        checked = _look(path, images, format, names, others)
         from detection.statistics import describe
 
         _print_statistics(checked, describe(checked.pictures, checked.classes))
@@ -206,7 +209,13 @@ def _names(classes: str | None) -> tuple[str, ...] | None:
     return names
 
 
-def _look(path: Path, images: Path | None, format: str | None, classes: tuple[str, ...] | None) -> Checked:
+def _look(
+    path: Path,
+    images: Path | None,
+    format: str | None,
+    classes: tuple[str, ...] | None,
+    others: tuple[str, ...] = (),
+) -> Checked:
     from detection.check import check as look
 
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -214,7 +223,7 @@ def _look(path: Path, images: Path | None, format: str | None, classes: tuple[st
         report: Callable[[int, int], None] = lambda done, total: progress.update(  # noqa: E731
             task, completed=done, total=total
         )
-        return look(path, images, classes, format=format, on_picture=report)
+        return look(path, images, classes, format=format, others=others, on_picture=report)
 
 
 def _refuse_existing(files: list[Path]) -> None:

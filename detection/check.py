@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from os.path import isfile
 from pathlib import Path
@@ -58,14 +58,16 @@ def check(
     classes: Sequence[str] | None = None,
     *,
     format: str | None = None,
+    others: Collection[str] = (),
     known: Callable[[str], bool] = lambda sha256: False,
     on_picture: Callable[[int, int], None] = lambda done, total: None,
 ) -> Checked:
     """Read the annotations `path` and look at every image below `image_folder`.
 
     Folder and format are found out where they are not given. `classes`: those of the job; without, the data set's
-    own. `known` may vouch for a file, by its sha256, that was decoded before. `on_picture` is told how many of
-    how many are done.
+    own. `others`: classes that are meant to be there and are not the job's; their boxes are left out, unless the name
+    differs from one of the job's in capitals alone. `known` may vouch for a file, by its sha256, that was decoded
+    before. `on_picture` is told how many of how many are done.
 
     Raises BadDataset if `path` is no data set at all; what is wrong within one is listed in the result.
     """
@@ -75,7 +77,7 @@ def check(
         raise BadDataset(f"{folder}: is not a folder: --images must name the one that the images lie in")
     annotations = formats.FORMATS[source.format].read(source.path, folder)
     wanted = tuple(classes) if classes is not None else annotations.classes
-    judge = _Judge(annotations, folder, wanted, known)
+    judge = _Judge(annotations, folder, wanted, frozenset(others), known)
     for done, picture in enumerate(annotations.pictures, start=1):
         judge.look_at(picture)
         on_picture(done, len(annotations.pictures))
@@ -107,9 +109,12 @@ class _Judge:
         annotations: Annotations,
         folder: Path,
         classes: tuple[str, ...],
+        others: frozenset[str],
         known: Callable[[str], bool],
     ) -> None:
         self.annotations, self.folder, self.classes, self.known = annotations, folder, classes, known
+        alike = {name.casefold() for name in classes}
+        self._others = {name for name in others if name.casefold() not in alike}
         self.pictures: list[Picture] = []
         self.files: list[ImageFile] = []
         self.notes: list[str] = []
@@ -154,6 +159,10 @@ class _Judge:
         boxes: list[Box] = []
         for box in picture.boxes:
             where = f"{box.where} ({picture.name})"
+            if box.name not in self.classes and box.name in self._others:
+                what = "boxes of classes that the job does not have"
+                self.annotations.left_out[what] = self.annotations.left_out.get(what, 0) + 1
+                continue
             if box.name not in self.classes:
                 self.annotations.defect(
                     "unknown class",

@@ -8,7 +8,7 @@ and all are reported in one BadDataset (detection/check.py).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -112,15 +112,16 @@ def load_dataset(
     classes: Sequence[str],
     *,
     format: str | None = None,
+    others: Collection[str] = (),
     cache: MemoryCache[Tensor] | None = None,
     disk: DiskCache | None = None,
 ) -> Dataset:
     """Read and check the data set `annotations` whose images lie below the folder `images`.
 
-    `classes` are the job's, in its order. Folder and format are found out if they are not given. Every file is
-    decoded once, so that a truncated one is found now and not in the middle of training, unless `disk` holds it
-    already. `cache` keeps decoded squares in memory; None: one of DEFAULT_CACHE_BYTES. What the owner should know is
-    logged.
+    `classes` are the job's, in its order; `others` those that the data have besides (detection/check.py). Folder and
+    format are found out if they are not given. Every file is decoded once, so that a truncated one is found now and not
+    in the middle of training, unless `disk` holds it already. `cache` keeps decoded squares in memory; None: one of
+    DEFAULT_CACHE_BYTES. What the owner should know is logged.
 
     Raises BadDataset listing every defect with its file and annotation: images that are missing, unreadable, of another
     size than declared, or listed twice; ids given twice; annotations of unknown images or classes;
@@ -128,7 +129,7 @@ def load_dataset(
     boxes. An image without boxes is no defect: it teaches what is background.
     """
     known: Callable[[str], bool] = (lambda sha256: False) if disk is None else disk.__contains__
-    checked = check(annotations, images, classes, format=format, known=known).require()
+    checked = check(annotations, images, classes, format=format, others=others, known=known).require()
     for note in checked.notes:
         log.warning("%s: %s", annotations, note)
     if disk is not None:

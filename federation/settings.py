@@ -102,8 +102,8 @@ class Settings(BaseSettings):
     )
     site_classes: Annotated[tuple[ClassName, ...] | None, NoDecode] = Field(
         default=None,
-        description="classes that this site's data have, with commas: a job with none of them is declined; none: "
-        "what its annotations hold",
+        description="classes that this site's data have, with commas: a job with none of them is declined, and those "
+        "that a job does not have are left out of its training; none: what its annotations hold",
     )
     site_all_classes: bool = Field(
         default=False, description="decline a job, too, of whose classes this site's data lack one"

@@ -37,7 +37,7 @@ class DetectionTrainer:
     """`duty`: share of the time, 0 to 1, that training may compute. `images`, `format`: found out if None.
 
     `disk_cache`: folder of decoded images and its limit in bytes; None: they are kept in memory alone.
-    `device`: where it trains and measures, as torch names it.
+    `device`: where it trains and measures, as torch names it. `others`: classes that the data may have besides a job's.
     """
 
     annotations: Path
@@ -48,6 +48,7 @@ class DetectionTrainer:
     disk_cache: tuple[Path, int] | None = None
     validation: Validation = field(default_factory=Validation)
     device: str = "cpu"
+    others: tuple[str, ...] = ()
     _memory: MemoryCache[Any] | None = None
     _disk: DiskCache | None = None
     _validation: Dataset | None = None
@@ -75,6 +76,7 @@ class DetectionTrainer:
             (settings.site_state / DECODED, disk_bytes) if disk_bytes else None,
             Validation.from_settings(settings),
             pick_device(settings.device),
+            settings.site_classes or (),
         )
 
     def for_job(self, spec: JobSpec) -> DetectionTrainer:
@@ -97,6 +99,7 @@ class DetectionTrainer:
             self.images,
             spec.classes,
             format=self.format,
+            others=self.others,
             cache=self._memory,
             disk=self._disk,
         )

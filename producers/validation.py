@@ -18,18 +18,25 @@ log = logging.getLogger("fedqueue.site")
 class Validation:
     """`annotations` and `images` of a data set; or without them the `fraction`, 0 to 1, of the training images.
 
-    `images`, `format`: found out if None.
+    `images`, `format`: found out if None. `others`: classes that may be there besides a job's.
     """
 
     annotations: Path | None = None
     images: Path | None = None
     fraction: float = 0.0
     format: str | None = None
+    others: tuple[str, ...] = ()
 
     @classmethod
     def from_settings(cls, settings: Settings) -> Validation:
         images = settings.site_eval_images or settings.site_images
-        return cls(settings.site_eval_annotations, images, settings.site_eval_fraction, settings.site_format)
+        return cls(
+            settings.site_eval_annotations,
+            images,
+            settings.site_eval_fraction,
+            settings.site_format,
+            settings.site_classes or (),
+        )
 
     def apart(self, dataset: Dataset, classes: Sequence[str]) -> tuple[Dataset, Dataset | None]:
         """What to train on, and what to measure with, if there is any. Raises BadDataset."""
@@ -39,6 +46,7 @@ class Validation:
                 self.images,
                 classes,
                 format=self.format,
+                others=self.others,
                 cache=dataset.cache,  # one bound for both
             )
             require_apart(dataset, validation)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from detection.check import check
+from detection.check import check, classes_of
 from detection.dataset import checked_items, load_dataset, read_square
 from detection.draw import annotation_sheet, colour_of, evenly
 from detection.frames import read_image
@@ -88,6 +88,26 @@ def test_an_unknown_class_is_a_defect_that_names_the_likely_one(folder: Path) ->
         checked.defects[0]
     )
     assert "meant" not in str(check(folder, classes=("lamp", "table")).defects[0])
+
+
+def test_classes_that_are_meant_for_other_jobs_are_left_out(folder: Path) -> None:
+    checked = check(folder, classes=("table",), others=("chair", "table", "lamp"))
+    assert checked.defects == ()
+    assert "3 boxes of classes that the job does not have are left out" in checked.notes
+    assert {box.name for picture in checked.pictures for box in picture.boxes} == {"table"}
+    assert len(checked.pictures) == len(check(folder, classes=("chair", "table")).pictures)
+
+
+def test_a_class_that_differs_in_capitals_alone_is_meant_for_this_job(folder: Path) -> None:
+    checked = check(folder, classes=("Chair", "table"), others=("chair", "table"))
+    assert {defect.kind for defect in checked.defects} == {"unknown class"}
+
+
+def test_the_classes_of_a_data_set_are_those_of_its_boxes(folder: Path) -> None:
+    assert classes_of(folder) == {"chair", "table"}
+    for image in (folder / "images").iterdir():
+        image.unlink()
+    assert classes_of(folder, folder / "images") == {"chair", "table"}, "no image is looked at"
 
 
 def test_files_that_are_not_listed_are_a_note(folder: Path) -> None:

@@ -55,6 +55,33 @@ def test_a_site_trains_from_any_format(folder: Path, caplog: pytest.LogCaptureFi
     assert len(list((folder / "state/.decoded").rglob("*.npy"))) == 3
 
 
+def test_trainers_of_several_jobs_share_the_caches_and_nothing_else(folder: Path) -> None:
+    settings = Settings(
+        site_annotations=folder,
+        site_format="yolo",
+        site_state=folder / "state",
+        site_cache_bytes=2 * 3 * 8 * 8,
+        site_disk_cache_bytes=10**6,
+        site_classes=("chair", "table"),
+    )
+    detection = DetectionTrainer.from_settings(settings)
+    assert detection.classes() == {"chair", "table"}
+    both, chairs = detection.for_job(SPEC), detection.for_job(SPEC)
+    both.prepare(SPEC)
+    chairs.prepare(JobSpec(id="chairs", classes=("chair",)))
+    assert both._dataset is not None
+    assert chairs._dataset is not None
+    assert [item.labels.tolist() for item in both._dataset.items] == [[2], [1], [2]]
+    assert [item.labels.tolist() for item in chairs._dataset.items] == [[1], [], [1]]
+    assert (both.num_images, chairs.num_images, detection.num_images) == (3, 3, 0)
+    for index in range(3):
+        chairs._dataset.square(index, 8)
+    both._dataset.square(2, 8)
+    assert both._dataset.cache is chairs._dataset.cache
+    assert both._dataset.cache.used_bytes == 2 * 3 * 8 * 8, "one bound for both"
+    assert both._dataset.disk is chairs._dataset.disk
+
+
 def test_nothing_is_written_to_disk_unless_it_is_wanted(folder: Path) -> None:
     settings = Settings(site_annotations=folder, site_format="yolo", site_state=folder / "state")
     trainer = DetectionTrainer.from_settings(settings)
