@@ -12,6 +12,7 @@ from federation.errors import FedqueueError, NotFound
 from federation.settings import Settings
 from storage.blob import BlobStore
 from storage.jobs import job_ids, load_job
+from storage.leftovers import leftovers
 from storage.log import VersionLog
 from storage.open import open_store
 from storage.probe import probe
@@ -65,6 +66,16 @@ def gc(
         else:
             gone += found
             _show(found)
+    if not jobs:
+        try:
+            found = list(leftovers(store, timedelta(seconds=settings.gc_grace_s)))
+            for item in found:
+                if not dry_run:
+                    store.delete(item.key)
+        except FedqueueError as exc:
+            fail(exc)
+        gone += found
+        _show(found)
     megabytes = sum(item.nbytes for item in gone) / 1e6
     console.print(f"{len(gone)} objects, {megabytes:.2f} MB {'would go' if dry_run else 'removed'}")
     if failed:

@@ -161,7 +161,7 @@ def _line(record: LogRecord) -> str:
         case Quarantined() as event:
             return f"quarantine version {event.version}: {event.reason}"
         case Cleared() as event:
-            return f"cleared    out of quarantine, by {event.by}"
+            return f"cleared    version {event.version} is out of quarantine, by {event.by}"
         case Promoted() as event:
             return f"promoted   version {event.version} is stable, by {event.by}"
         case RolledBack() as event:

@@ -21,6 +21,7 @@ channels.py     which version is latest, best, stable
 account.py      what a job cost and brought, counted from the log
 log.py          the version log: append by compare-and-swap, read, follow
 retention.py    what may go, and how it goes
+leftovers.py    ... of what belongs to no job's log
 
 audit.py        is everything there, and does everything count once?
 ledger.py       ... what the log says of each update and object

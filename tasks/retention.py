@@ -5,7 +5,7 @@
     a refusal that only the log knows is told     whoever recorded it may have died before it told anybody
     an evaluation that is due is asked for again  likewise
     a release whose rule is met, too              likewise
-    what is needed no more is removed             storage/retention.py says what and how
+    what is needed no more is removed             storage/retention.py and leftovers.py say what and how
 
 A run takes a small share of the time limit, because merging waits for it: what is left then is for the next run.
 The jobs come in another order each time, so that one with much to do delays no other for ever.
@@ -33,6 +33,7 @@ from federation.settings import Settings
 from federation.types import SERVER
 from storage.control import announce
 from storage.jobs import list_jobs, load_evaluation, save_refusal
+from storage.leftovers import leftovers
 from storage.log import refusals
 from storage.retention import History, Policy, Retention
 from tasks import celery
@@ -114,8 +115,22 @@ def tend(context: Context, retentions: dict[str, Retention], stop: Callable[[], 
             transient = exc
         except FedqueueError as exc:
             log.error("%s: not tended: %s: %s", job_id, type(exc).__name__, exc)
+    try:
+        _remove_leftovers(context, stop)
+    except Transient as exc:
+        log.warning("leftovers not removed: %s", exc)
+        transient = exc
     if transient is not None:
         raise transient
+
+
+def _remove_leftovers(context: Context, stop: Callable[[], bool]) -> None:
+    gone = 0
+    for item in leftovers(context.store, timedelta(seconds=context.settings.gc_grace_s), stop):
+        context.store.delete(item.key)
+        gone += 1
+    if gone:
+        log.info("removed %d answers and uploads of long ago", gone)
 
 
 def _mend(context: Context, job: Job) -> None:

@@ -16,7 +16,17 @@ import producers
 import storage
 import tasks
 from aggregator import decide
-from federation.jobs import AUGMENTATIONS, JobSpec
+from cli.submission import read
+from federation.jobs import (
+    AUGMENTATIONS,
+    AggregationPolicy,
+    EvaluationPolicy,
+    JobSpec,
+    Participation,
+    ReleaseRule,
+    StopRule,
+    TrainingPlan,
+)
 from federation.settings import ENV_PREFIX, Settings
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,6 +52,31 @@ def test_the_example_job_is_a_job() -> None:
     assert len(optional) >= 4
     for line in optional:
         tomllib.loads(line)
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "docs" / "jobs").glob("*.toml")), ids=lambda path: path.stem)
+def test_the_commented_examples_are_jobs(file: Path) -> None:
+    described = read(file)
+    comments = [line for line in file.read_text().splitlines() if "#" in line]
+    assert len(comments) >= len(described.document)
+    # every section of a job is shown in one of them
+    shown = {section for other in file.parent.glob("*.toml") for section in tomllib.loads(other.read_text())}
+    assert {*JobSpec.model_fields} - shown <= {"max_inflight"}
+
+
+def test_the_document_names_every_field_of_a_job() -> None:
+    text = (ROOT / "docs" / "jobs.md").read_text()
+    for model in (
+        JobSpec,
+        Participation,
+        TrainingPlan,
+        AggregationPolicy,
+        StopRule,
+        EvaluationPolicy,
+        ReleaseRule,
+    ):
+        missing = {name for name in model.model_fields if not re.search(rf"\b{name}\b", text)}
+        assert missing == set(), f"docs/jobs.md does not explain {missing} of {model.__name__}"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
