@@ -40,7 +40,9 @@ class Transfer(Value):
         ge=0, le=2**60, description="models and log records read since the site's last update of this job"
     )
     image_bytes: int = Field(
-        ge=0, le=2**60, description="size of the image files behind the update, which stayed where they are"
+        ge=0,
+        le=2**60,
+        description="size of the image files behind the update, which stayed where they are; 0: not told",
     )
 
 

@@ -116,6 +116,11 @@ class DetectionTrainer:
     def num_images(self) -> int:
         return 0 if self._dataset is None else self._dataset.num_examples
 
+    @property
+    def image_bytes(self) -> int:
+        """Size of the files of those images."""
+        return 0 if self._dataset is None else self._dataset.image_bytes
+
     def train(
         self,
         spec: JobSpec,

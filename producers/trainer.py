@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,16 @@ class Trainer(Protocol):
 
         Raises Rejected or MemoryError if this attempt came to nothing; the agent makes another.
         """
+        ...
+
+
+@runtime_checkable
+class KnowsImages(Protocol):
+    """What a Trainer may be besides: able to say how much stays at home."""
+
+    @property
+    def image_bytes(self) -> int:
+        """Size of the image files that it trains on, after `prepare`."""
         ...
 
 

@@ -25,7 +25,7 @@ from federation.jobs import Job
 from federation.keys import update_key
 from federation.points import Point, reach
 from federation.settings import Settings
-from federation.types import ClientUpdate, Head, ModelVersion
+from federation.types import ClientUpdate, Head, ModelVersion, Transfer
 from producers.delivery import Courier
 from producers.evaluation import LocalEvaluation
 from producers.follow import Follower
@@ -33,11 +33,12 @@ from producers.heartbeat import Heartbeat
 from producers.local import LocalModel
 from producers.outbox import Outbox
 from producers.problems import kind_of, public, words_of
-from producers.trainer import Progress, Trained, Trainer
+from producers.trainer import KnowsImages, Progress, Trained, Trainer
 from producers.turns import Turns
 from storage.blob import BlobStore
 from storage.control import load_invitation
 from storage.log import VersionLog
+from storage.metered import MeteredStore
 from storage.models import ModelCache
 from storage.tensors import TensorFile, decode
 
@@ -85,9 +86,10 @@ class JobWork:
         self._site, self._trainer = site, trainer
         folder = site.folder(job.id)
         self._outbox = Outbox(folder)
-        self._courier = Courier(self._outbox, site.store, site.broker)
-        self._follower = Follower(VersionLog(site.store, job.id), self._outbox)
-        self._model = LocalModel(job, site.store, ModelCache(folder / "models", CACHED_MODELS), folder)
+        self._store = MeteredStore(site.store)
+        self._courier = Courier(self._outbox, self._store, site.broker)
+        self._follower = Follower(VersionLog(self._store, job.id), self._outbox)
+        self._model = LocalModel(job, self._store, ModelCache(folder / "models", CACHED_MODELS), folder)
         self._turns = Turns(job.spec.participation, folder)
         self._head: Head | None = None
         self._invitation: Invitation | None = None
@@ -137,7 +139,7 @@ class JobWork:
         if self._outbox.sent():
             self._courier.republish()
         if self._turns.by_invitation and head.idle_because is None:
-            self._invitation = load_invitation(self._site.store, self.job.id, self._site.name)
+            self._invitation = load_invitation(self._store, self.job.id, self._site.name)
 
     def idle_because(self) -> str | None:
         """Why no training may begin now, as far as the last `tend` knows; None: one may."""
@@ -236,6 +238,10 @@ class JobWork:
             payload_sha256=hashlib.sha256(payload).hexdigest(),
             payload_bytes=len(payload),
             metrics=dict(trained.metrics),
+            transfer=Transfer(
+                downloaded_bytes=self._store.take(),
+                image_bytes=self._trainer.image_bytes if isinstance(self._trainer, KnowsImages) else 0,
+            ),
             created_at=datetime.now(UTC),
         )
 

@@ -20,7 +20,7 @@ from storage.log import refusals
 class Account:
     """One site's part in a job, or the sum of several. Bytes are never negative; `staleness` is a sum over `merged`.
 
-    `untold`: updates that do not say what was downloaded and which images lie behind them.
+    `untold`: updates that do not say what was downloaded, or how large the images behind them are.
     """
 
     merged: int = 0
@@ -50,11 +50,11 @@ class Account:
 
     def _sent(self, update: ClientUpdate) -> None:
         self.uploaded_bytes += update.payload_bytes + len(update.to_json())
-        if update.transfer is None:
-            self.untold += 1
-        else:
-            self.downloaded_bytes += update.transfer.downloaded_bytes
-            self.image_bytes = update.transfer.image_bytes
+        moved = update.transfer
+        self.untold += moved is None or not moved.image_bytes
+        if moved is not None:
+            self.downloaded_bytes += moved.downloaded_bytes
+            self.image_bytes = moved.image_bytes or self.image_bytes
 
     def _merged(self, contribution: Contribution, at: datetime) -> None:
         self.merged += 1

@@ -34,6 +34,7 @@ class ToyTrainer:
     seconds: float = 0.0
     bases: list[int] = field(default_factory=list)
     num_images: int = 10
+    image_bytes: int = 5_000_000
 
     def prepare(self, spec: JobSpec) -> None:
         pass

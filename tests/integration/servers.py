@@ -10,7 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -219,3 +219,20 @@ def real(folder: Path, rabbitmq: RabbitMQ, redis: RedisServer, s3: Rgw) -> Serve
         "worker": ["celery", "-A", "tasks", "worker", "--loglevel", "INFO"],
     }
     return Server(environment, site_urls, folder, commands)
+
+
+def site_process(server: Server, folder: Path, job: str, seconds: float, **settings: str) -> Server:
+    """The toy agent of site-a as a process of its own, `agent`, with its own account."""
+    values = {"site": "site-a", "site_state": str(folder / "state"), "poll_s": "0.1"}
+    values |= {"backoff_limit_s": "0.5", **settings}
+    environment = server.environment | {env_name(name): value for name, value in values.items()}
+    if "site-a" in server.site_urls:
+        environment[env_name("broker_url")] = server.site_urls["site-a"]
+    commands = {"agent": ["tests.toy_site", job, str(seconds)]}
+    return replace(server, environment=environment, folder=folder, commands=commands, processes={})
+
+
+def end(site: Server) -> None:
+    """Kill the agent of a `site_process`, if it runs."""
+    if site.processes and site.alive():
+        site.kill("agent")

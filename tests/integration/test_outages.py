@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import pika
@@ -29,7 +29,7 @@ from producers.outbox import Outbox
 from storage.liveness import open_liveness
 from tests.factories import client_update, job_spec, payload_of
 from tests.integration.backlog import Backlog, merged, random_arrays
-from tests.integration.servers import Server, embedded, real, running, until
+from tests.integration.servers import Server, embedded, end, real, running, site_process, until
 from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.redis import RedisServer
 from tests.servers.rgw import Rgw
@@ -151,20 +151,6 @@ def test_worker_waits_for_the_store_in_the_middle_of_a_backlog(deployment: Deplo
 
 
 # --- a site's finished update waits out an outage -----------------------------------------------------------------
-
-
-def site_process(server: Server, folder: Path, job: str, seconds: float, **settings: str) -> Server:
-    """The agent of site-a as a process of its own, `agent`, with its own account."""
-    values = {"site": "site-a", "site_state": str(folder / "state"), "poll_s": "0.1"}
-    values |= {"backoff_limit_s": "0.5", "broker_url": server.site_urls["site-a"]} | settings
-    environment = server.environment | {env_name(name): value for name, value in values.items()}
-    commands = {"agent": ["tests.toy_site", job, str(seconds)]}
-    return replace(server, environment=environment, folder=folder, commands=commands, processes={})
-
-
-def end(site: Server) -> None:
-    if site.processes and site.alive():
-        site.kill("agent")
 
 
 def deliver_after_an_outage(

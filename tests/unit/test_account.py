@@ -101,6 +101,9 @@ def test_who_does_not_tell_is_not_counted_as_nothing(job: Job) -> None:
     job.send("site-a")
     account = job.accounts()["site-a"]
     assert (account.untold, account.image_bytes, account.ratio) == (1, 0, None)
+    job.send("site-a", Transfer(downloaded_bytes=3, image_bytes=0))
+    account = job.accounts()["site-a"]
+    assert (account.untold, account.downloaded_bytes, account.image_bytes) == (2, 3, 0)
 
 
 def test_a_metered_store_counts_what_was_read_since_the_last_look(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from federation.errors import BadDataset, BadSettings
 from federation.jobs import JobSpec, TrainingPlan
 from federation.settings import Settings
 from producers.detection_trainer import DetectionTrainer
+from producers.trainer import KnowsImages
 from tasks import evaluate
 
 SPEC = JobSpec(id="street", classes=("table", "chair", "lamp"))
@@ -49,6 +50,8 @@ def test_a_site_trains_from_any_format(folder: Path, caplog: pytest.LogCaptureFi
     assert [item.labels.tolist() for item in dataset.items] == [[2], [1], [2]]
     assert dataset.items[0].boxes.tolist() == [[10, 5, 30, 15]]
     assert "no boxes of lamp" in caplog.text
+    assert isinstance(trainer, KnowsImages)
+    assert trainer.image_bytes == sum(path.stat().st_size for path in (folder / "images").iterdir())
     for index in range(3):
         dataset.square(index, 8)
     assert dataset.cache.used_bytes == 3 * 8 * 8
