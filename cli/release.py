@@ -60,6 +60,7 @@ Keys = Annotated[
         help="SITE=FINGERPRINT, as that site told you another way; may be repeated",
     ),
 ]
+RELEASED = "released"
 PRINTED = 12
 """Digits of a digest in a line for people."""
 
@@ -102,7 +103,7 @@ def list_proposals(
     Example: fedqueue release list
     """
     settings = load(site=site, store_url=store_url)
-    table = Table("job", "version", "proposed (UTC)", "by", "purpose", "state", "we", box=None)
+    table = Table("job", "version", "proposed (UTC)", "state", "we", "purpose", box=None)
     try:
         store = open_store(settings)
         with console.status("reading the proposals"):
@@ -111,16 +112,16 @@ def list_proposals(
                     release = load_release(store, job_id, version)
                     if release is None:
                         continue
-                    state, waits = _state(store, load_job(store, job_id), release, settings.site)
+                    stage, standing = _stage(store, load_job(store, job_id), release)
+                    waits = stage != RELEASED and (settings.site is None or settings.site in standing.waiting)
                     if everything or waits:
                         table.add_row(
                             job_id,
                             str(version),
-                            f"{release.proposal.at.astimezone(UTC):%Y-%m-%d %H:%M}",
-                            release.proposal.by,
-                            release.proposal.purpose,
-                            state,
+                            _minute(release.proposal.at),
+                            stage,
                             _our_answer(release, settings.site),
+                            release.proposal.purpose,
                         )
     except FedqueueError as exc:
         fail(exc)
@@ -141,18 +142,18 @@ def show(job: JobArgument, version: Wanted, site: SiteName = None, store_url: St
         store = open_store(settings)
         number = _number(store, job, version)
         the_job, release = load_job(store, job), _proposed(store, job, number)
-        state, _ = _state(store, the_job, release, settings.site)
+        stage, standing = _stage(store, the_job, release)
         parts = lineage(VersionLog(store, job).history(), number).parts
         pinned = {name: load_key(store, name) for name in release.proposal.contributors}
     except FedqueueError as exc:
         fail(exc)
     proposal = release.proposal
-    _say(f"{job}, version {number}: {state}")
+    _say(f"{job}, version {number}: {stage}; {standing.describe()}")
     _say(f"purpose: {proposal.purpose or 'none was stated'}")
-    _say(f"proposed by {proposal.by} at {proposal.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC")
+    _say(f"proposed by {proposal.by} at {_minute(proposal.at)} UTC")
     _say(f"rule: {the_job.spec.release.approvals} of the contributors must approve")
     _say(f"file: {proposal.file_bytes} bytes, sha256 {proposal.file_sha256}")
-    table = Table("site", "share", "updates", "answer", "named", "at (UTC)", "reason", "key", box=None)
+    table = Table("site", "share", "updates", "answer", "named", "at (UTC)", "key", box=None)
     newest = release.newest
     for name in proposal.contributors:
         part, told = parts.get(name), pinned[name]
@@ -164,18 +165,17 @@ def show(job: JobArgument, version: Wanted, site: SiteName = None, store_url: St
             str(part.updates) if part else "?",
             consent.answer if consent else "",
             ("yes" if consent.site else "no") if consent and consent.answer == "approve" else "",
-            f"{consent.at.astimezone(UTC):%Y-%m-%d %H:%M}" if consent else "",
-            consent.reason if consent else "",
+            _minute(consent.at) if consent else "",
             fingerprint(told.public_key)[:9] + "…" if told else "not told",
         )
     console.print(table)
-    earlier = [answer for answer in release.answers if newest[answer.site] is not answer]
-    for answer in earlier:
-        consent = answer.consent.consent()
-        _say(
-            f"before: {answer.site} {consent.answer}d at {consent.at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
-            + (f": {consent.reason}" if consent.reason else "")
-        )
+    for answer in release.answers:
+        consent, counts = answer.consent.consent(), newest[answer.site] is answer
+        if consent.reason or not counts:
+            _say(
+                f"{'' if counts else 'before: '}{answer.site} {consent.answer}d at {_minute(consent.at)} UTC"
+                + (f": {consent.reason}" if consent.reason else "")
+            )
     if set(parts) != set(proposal.contributors):
         fail(f"by the log the contributors are {', '.join(parts)}: the proposal does not ask the same sites")
 
@@ -404,16 +404,19 @@ def _proposed(store: BlobStore, job: str, version: int) -> Release:
     return release
 
 
-def _state(store: BlobStore, job: Job, release: Release, site: str | None) -> tuple[str, bool]:
-    """Where it stands, in words; and whether it waits for `site`, or for an operator's eye if that is None."""
+def _stage(store: BlobStore, job: Job, release: Release) -> tuple[str, Standing]:
+    """Where it stands, in a few words, and what the answers come to."""
     proposal = release.proposal
+    standing = judge(job.spec.release, proposal.contributors, release.approves)
     if is_released(store, job.id, proposal.version):
-        return "released", False
-    standing: Standing = judge(job.spec.release, proposal.contributors, release.approves)
+        return RELEASED, standing
     if release.decision is not None or standing.met:
-        return f"{standing.describe()}; waits for an evaluation worker to write the bundle", site is None
-    waits = site is None or site in standing.waiting
-    return f"{'refused; ' if standing.blocked else ''}{standing.describe()}", waits
+        return "approved, waits for an evaluation worker", standing
+    return "refused" if standing.blocked else "waits for answers", standing
+
+
+def _minute(at: datetime) -> str:
+    return f"{at.astimezone(UTC):%Y-%m-%d %H:%M}"
 
 
 def _our_answer(release: Release, site: str | None) -> str:

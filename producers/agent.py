@@ -32,7 +32,7 @@ from federation.errors import (
 from federation.jobs import Job
 from federation.requests import DeclineJob, JoinJob
 from federation.settings import Settings
-from federation.wire import Answered, Control, JobAnnounced, decode_control
+from federation.wire import Answered, Control, JobAnnounced, ReleaseProposed, decode_control
 from producers.backoff import Backoff
 from producers.fairness import FairShare
 from producers.heartbeat import Heartbeat
@@ -41,6 +41,7 @@ from producers.membership import Membership
 from producers.outbox import Outbox
 from producers.policy import Declined, Policy
 from producers.problems import public_refusal
+from producers.site_key import site_key
 from producers.trainer import Trainer, TrainerFactory
 from producers.work import RESYNC_EVERY, Dropped, JobWork, Obsolete, Site, Stopped
 from storage.blob import BlobStore
@@ -244,7 +245,8 @@ class SiteAgent:
 
     def _joining(self, job: Job, trainer: Trainer) -> JoinJob:
         """What this site says when it joins."""
-        return JoinJob(job=job.id, num_images=trainer.num_images)
+        key = site_key(self._settings.site_state).public_key
+        return JoinJob(job=job.id, num_images=trainer.num_images, public_key=key)
 
     def _answer(self, what: JoinJob | DeclineJob) -> Membership:
         return Membership(self.site, what, self._store, self._broker)
@@ -361,6 +363,12 @@ class SiteAgent:
             for entry in self._jobs.open():
                 if entry.membership is not None and entry.membership.request_id == control.request_id:
                     entry.look_at = 0.0
+            return
+        if isinstance(control, ReleaseProposed):
+            log.info(
+                "%s: version %d is proposed for release; whoever decides here: `fedqueue release show %s %d`",
+                *(control.job, control.version) * 2,
+            )
             return
         if isinstance(control, JobAnnounced):
             self._announced_at = 0.0

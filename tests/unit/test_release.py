@@ -653,7 +653,7 @@ def test_the_commands_that_only_read(site_keys: dict[str, SigningKey], tmp_path:
     assert ask(worker, "site-a", no).ok
     assert "nothing waits" in run("list", site="site-a")
     assert "refuse" in run("list", "--all", site="site-a")
-    assert "refused by site-a" in run("list")
+    assert "refused" in run("list")
     assert "pilots only" in run("show", "toy", "latest")
     assert "is not released" in run("fetch", "toy", str(version), "--out", str(tmp_path / "out"))
     assert "nobody has proposed" in run("show", "toy", "1")
