@@ -56,7 +56,7 @@ def resolve(store: BlobStore, job_id: str, wanted: str) -> Resolved:
             raise NotFound(
                 f"no version of {job_id} is stable yet: `fedqueue model promote {job_id} VERSION` makes one so"
             )
-        return Resolved(head.stable)
+        return Resolved(head.stable, head.withdrawn(head.stable.version) or "")
     if wanted == BEST:
         best = best_version(store, job_id, head)
         if best is None:

@@ -84,15 +84,17 @@ def steer_model(context: Context, request: Request) -> str:
 class _Kept:
     """A version that a record may name, because its model stays: nothing since it was made has taken it.
 
-    `done`: a record since then was made for `request`, which is delivered again.
+    `done`: the record that was made for `request`, which is delivered again.
     """
+
+    done: LogRecord | None
 
     def __init__(self, context: Context, job: Job, number: int, request: Request) -> None:
         """Raises NotFound if it was never stored."""
         self._log, self._job_id, self._request = context.log(job.id), job.id, request
         self.version = self._log.version(number)
         self._seen = self._log.first_at(number).seq
-        self._is_gone = self.done = False
+        self._is_gone, self.done = False, None
 
     def look(self) -> None:
         """At what is new. To be called for each record that is to be appended, before it is decided on."""
@@ -101,7 +103,8 @@ class _Kept:
         for record in self._log.history(self._seen + 1):
             event = record.event
             self._is_gone |= isinstance(event, Collected) and not keys.isdisjoint(event.keys)
-            self.done |= isinstance(event, RolledBack) and event.request_id == self._request.request_id
+            if isinstance(event, RolledBack) and event.request_id == self._request.request_id:
+                self.done = record
             self._seen = record.seq
 
     def require(self) -> ModelVersion:
@@ -144,9 +147,7 @@ def _clear(context: Context, job: Job, number: int, by: str) -> str:
             raise Rejected(f"version {number} of {job.id} is not what is in quarantine; {at_all} is")
         return Cleared(version=number, by=by), transitions.clear(head)
 
-    record = records.append(context, job.id, clear)
-    if record is None:
-        return f"version {number} of {job.id} was cleared already"
+    record = records.append(context, job.id, clear) or context.log(job.id).head()
     tell_changed(context, job)
     _ask_for_publish(context, job, record)
     return f"version {number} of {job.id} is out of quarantine"
@@ -158,7 +159,7 @@ def _roll_back(context: Context, job: Job, number: int, reason: str, request: Re
     def roll_back(newest: LogRecord) -> tuple[Event, Head] | None:
         head = newest.head
         kept.look()
-        if kept.done:
+        if kept.done is not None:
             return None
         if head.closed is not None:
             raise Rejected(
@@ -184,9 +185,18 @@ def _roll_back(context: Context, job: Job, number: int, reason: str, request: Re
         )
         return event, after
 
-    record = records.append(context, job.id, roll_back)
-    if record is None:
-        return f"{job.id} was rolled back to version {number} already"
+    record = records.append(context, job.id, roll_back) or kept.done
+    assert record is not None
+    _after_rollback(context, job, record)
+    done = f"version {record.head.version} of {job.id} is version {number} again"
+    stable = record.head.stable
+    if stable is not None and record.head.is_rolled_back(stable.version):
+        done += f"; stable is still version {stable.version}, which was rolled back: promote another one"
+    return done
+
+
+def _after_rollback(context: Context, job: Job, record: LogRecord) -> None:
+    """May be repeated: whoever made the record may have died before this."""
     for refusal in refusals(record.event):
         save_refusal(context.store, refusal)
         tell_refused(context, refusal)
@@ -196,7 +206,6 @@ def _roll_back(context: Context, job: Job, number: int, reason: str, request: Re
     _ask_for_publish(context, job, record)
     if evaluation_due(job, record.head.version - 1, record.head):
         context.send(celery.EVALUATE, {"job": job.id, "version": str(record.head.version)})
-    return f"version {record.head.version} of {job.id} is version {number} again"
 
 
 def _ask_for_publish(context: Context, job: Job, record: LogRecord) -> None:

@@ -21,7 +21,20 @@ from federation.jobs import AggregationPolicy, Job, JobSpec, StopRule
 from federation.keys import log_key
 from federation.requests import Answer, Request, SteerJob, SteerModel, What
 from federation.settings import Settings
-from federation.types import SERVER, ClientUpdate, Collected, LogRecord, Quarantined
+from federation.types import (
+    SERVER,
+    Accepted,
+    Cleared,
+    ClientUpdate,
+    Collected,
+    Held,
+    LogRecord,
+    Promoted,
+    Published,
+    Quarantined,
+    Resumed,
+    RolledBack,
+)
 from federation.wire import Delivery, Message
 from storage.audit import Finding, audit
 from storage.blob import BlobStore
@@ -284,3 +297,104 @@ def on_disk(toy: ToyJob, folder: Path) -> str:
     for key in toy.store.list(""):
         store.put(key, toy.store.get(key, max_bytes=1 << 20))
     return f"file:{folder}"
+
+
+def steered_job() -> ToyJob:
+    """Held and resumed, promoted, a version in quarantine and cleared, rolled back, in quarantine again."""
+    toy = new_job("fedbuff-fedadam")
+    toy.round()
+    toy.round()
+    toy.ask(SteerJob(job="toy", action="pause"))
+    toy.ask(SteerJob(job="toy", action="resume"))
+    toy.ask(SteerModel(job="toy", action="promote", version=3))
+    toy.quarantine(6, 3)
+    toy.ask(SteerModel(job="toy", action="clear", version=6))
+    toy.ask(SteerModel(job="toy", action="rollback", version=3))
+    toy.round()
+    toy.accept()
+    toy.quarantine(toy.log.head().head.version, 7)
+    return toy
+
+
+def other_model(ref: dict[str, Any]) -> dict[str, Any]:
+    return ref | {"nbytes": ref["nbytes"] + 1}
+
+
+BROKEN_DECISIONS: dict[str, tuple[type, Change, str]] = {
+    "a hold of another reason": (Held, at("head.hold", lambda _: "other"), "'hold'"),
+    "resumed and still held": (Resumed, at("head.hold", lambda _: "still"), "'hold'"),
+    "held by no event": (Promoted, at("head.hold", lambda _: "why"), "'hold'"),
+    "another version is stable": (Promoted, at("event.version", lambda _: 0), "another one is stable"),
+    "stable is a version that never was": (
+        Promoted,
+        at("head.stable.model", other_model),
+        "not the one that was made",
+    ),
+    "stable by no event": (Cleared, at("head.stable", lambda _: None), "'stable'"),
+    "a quarantine of another version": (
+        Quarantined,
+        at("event.version", lambda v: v - 1),
+        "the head says otherwise",
+    ),
+    "a quarantine that offers what never was": (
+        Quarantined,
+        at("head.quarantine.offered.model", other_model),
+        "not the one that was made",
+    ),
+    "a quarantine that offers itself": (
+        Quarantined,
+        at("head.quarantine.offered.version", lambda _: 1000),
+        "is offered instead",
+    ),
+    "out of quarantine by no event": (
+        Accepted,
+        at(
+            "head.quarantine",
+            lambda _: {
+                "version": 1,
+                "reason": "",
+                "offered": {
+                    "version": 0,
+                    "server_state": None,
+                    "model": {"key": "k", "sha256": "0" * 64, "nbytes": 1},
+                },
+            },
+        ),
+        "'quarantine'",
+    ),
+    "cleared what was not in quarantine": (Cleared, at("event.version", lambda v: v - 1), "was not what was"),
+    "cleared and not remembered": (Cleared, at("head.cleared", lambda _: []), "'cleared'"),
+    "cleared and still in quarantine": (
+        Quarantined,
+        at("head.cleared", lambda _: [10**6]),
+        "'cleared'",
+    ),
+    "rolled back to another model": (
+        RolledBack,
+        at("head.current.model", other_model),
+        "not the one that was made",
+    ),
+    "rolled back without the optimiser's state": (
+        RolledBack,
+        at("head.current.server_state", lambda _: None),
+        "not the one that was made",
+    ),
+    "rolled back to the same number": (RolledBack, at("head.current.version", lambda v: v - 1), "a rollback"),
+    "rolled back to a newer one": (RolledBack, at("event.to", lambda _: 100), "a rollback to version 100"),
+    "the abandoned line is too short": (
+        RolledBack,
+        at("head.abandoned.0.first", lambda v: v + 1),
+        "rolled back, against",
+    ),
+    "the abandoned line is too long": (
+        RolledBack,
+        at("head.abandoned.0.last", lambda v: v + 1),
+        "rolled back, against",
+    ),
+    "nothing is abandoned": (RolledBack, at("head.abandoned", lambda _: []), "rolled back, against"),
+    "abandoned by no event": (
+        Published,
+        at("head.abandoned", lambda _: []),
+        "'abandoned'",
+    ),
+}

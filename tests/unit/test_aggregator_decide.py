@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aggregator import transitions
-from aggregator.decide import Accept, Duplicate, Refuse, decide, leftovers, wants_publish
-from aggregator.transitions import accept, close, publish, refuse, still_applies
+from aggregator.decide import Accept, Duplicate, Refuse, decide, leftovers, stranded, wants_publish
+from aggregator.transitions import accept, clear, close, publish, quarantine, refuse, roll_back, still_applies
 from aggregator.weighting import assign
 from federation.jobs import JobSpec
-from federation.types import ClientUpdate, Head, Published, Refusal
+from federation.types import AbandonedLine, ClientUpdate, Head, Published, Refusal
 from tests.unit.aggregator_cases import make_head, make_job, make_spec, make_update, make_version, queue
 
 SPEC = make_spec(max_staleness=10)
@@ -209,6 +209,8 @@ actions = st.lists(
         st.tuples(st.just("send"), st.integers(0, 6)),  # base so many versions behind
         st.tuples(st.just("redeliver"), st.integers(0, 100)),
         st.tuples(st.just("publish"), st.integers(0, 5)),  # bits: which of the first pending are unreadable
+        st.tuples(st.just("rollback"), st.integers(1, 6)),  # by so many versions
+        st.tuples(st.just("quarantine"), st.integers(0, 3)),  # so many before the newest; or clear
     ),
     max_size=40,
 )
@@ -228,6 +230,7 @@ def check_history(history: list[tuple[str, int]], strategy: str, limit: int) -> 
     sent: list[ClientUpdate] = []
     accepted: dict[str, int] = {}
     refused: dict[str, int] = {}
+    ended: list[str] = []  # by a rollback
     for action, number in history:
         if action == "publish":
             if not wants_publish(spec, head):
@@ -242,6 +245,32 @@ def check_history(history: list[tuple[str, int]], strategy: str, limit: int) -> 
                 head = publish(spec, head, event, head.current)
             assert all(known.base_version >= head.version - 3 for known in head.remembered)
             assert len(head.remembered) <= limit
+            continue
+        if action == "rollback":
+            to = max(0, head.version - number)
+            held = head.quarantine is not None and to >= head.quarantine.version
+            if to == head.version or held:
+                continue
+            stranded_now = stranded(head, to)
+            before, head = head, roll_back(spec, head, make_version(to), stranded_now)
+            assert all(c.update.base_version <= to for c in head.pending)
+            assert len(head.pending) + len(stranded_now) == len(before.pending)
+            assert all(
+                head.is_rolled_back(v) == (v > to or before.is_rolled_back(v)) for v in range(head.version)
+            )
+            assert not head.is_rolled_back(head.version)
+            for refusal in stranded_now:
+                ended.append(refusal.update.update_id)
+            continue
+        if action == "quarantine":
+            failed = head.version - number
+            if head.quarantine is not None:
+                head = clear(head)
+            elif failed > 0 and not (
+                head.withdrawn(failed) or head.withdrawn(failed - 1) or failed <= max(head.cleared, default=0)
+            ):
+                head = quarantine(head, failed, "worse", make_version(failed - 1))
+                assert not wants_publish(spec, head)
             continue
         if action == "send":
             site = ("site-a", "site-b", "site-c")[number % 3]
@@ -266,6 +295,81 @@ def check_history(history: list[tuple[str, int]], strategy: str, limit: int) -> 
     assert set(accepted.values()) <= {1}
     assert set(refused.values()) <= {1}
     assert not accepted.keys() & refused.keys()
+    assert len(ended) == len(set(ended))
+    assert accepted.keys() >= set(ended)
+    assert not set(ended) & {c.update.update_id for c in head.pending}
+
+
+# --- rollbacks and quarantines ----------------------------------------------------------------------------
+
+
+def test_an_update_of_the_abandoned_line_is_refused_and_an_older_one_counts() -> None:
+    head = roll_back(SPEC, make_head(5), make_version(2), ())
+    assert (head.version, head.current.model) == (6, make_version(2).model)
+    for base, reason in {3: "abandoned-base", 5: "abandoned-base", 2: None, 6: None}.items():
+        decision = decide(JOB, head, make_update(base))
+        assert (decision.refusal.reason if isinstance(decision, Refuse) else None) == reason
+        if isinstance(decision, Accept):
+            assert decision.contribution.staleness == 6 - base
+
+
+def test_pending_updates_of_the_abandoned_line_end_with_the_rollback() -> None:
+    old, new = make_update(2), make_update(4)
+    head = queue(SPEC, make_head(5), old, new)
+    (refusal,) = stranded(head, 3)
+    assert (refusal.update, refusal.reason) == (new, "abandoned-base")
+    after = roll_back(SPEC, head, make_version(3), (refusal,))
+    assert [c.update for c in after.pending] == [old]
+    assert decide(JOB, after, new) == Duplicate("abandoned-base")
+
+
+def test_lines_that_touch_are_one_and_the_others_stay() -> None:
+    head = roll_back(SPEC, make_head(5), make_version(4), ())  # 5 goes
+    head = published(SPEC, queue(SPEC, head, make_update(6)), 1)  # 7 from 6
+    head = roll_back(SPEC, head, make_version(6), ())  # 7 goes
+    assert head.abandoned == (AbandonedLine(first=5, last=5), AbandonedLine(first=7, last=7))
+    head = roll_back(SPEC, head, make_version(5), ())  # back to what was abandoned: 6 to 8 go, too
+    assert head.abandoned == (AbandonedLine(first=5, last=8),)
+    head = roll_back(SPEC, head, make_version(2), ())
+    assert head.abandoned == (AbandonedLine(first=3, last=9),)
+
+
+def test_a_rollback_ends_a_quarantine_and_forgets_what_was_cleared_after_it() -> None:
+    head = clear(quarantine(make_head(9), 3, "worse", make_version(2)))
+    head = clear(quarantine(head, 6, "worse", make_version(5)))
+    head = quarantine(head, 8, "worse", make_version(7))
+    with pytest.raises(ValueError, match="in quarantine"):
+        roll_back(SPEC, head, make_version(8), ())
+    after = roll_back(SPEC, head, make_version(5), ())
+    assert (after.quarantine, after.cleared, after.offered.version) == (None, (3,), 10)
+
+
+def test_a_rollback_goes_back_and_only_in_an_open_job() -> None:
+    with pytest.raises(ValueError, match="not older"):
+        roll_back(SPEC, make_head(3), make_version(3), ())
+    with pytest.raises(ValueError, match="closed"):
+        roll_back(SPEC, make_head(3, closed="over"), make_version(2), ())
+
+
+def test_in_quarantine_each_site_may_have_as_much_waiting_as_it_may_send() -> None:
+    head = quarantine(make_head(5), 5, "worse", make_version(4))
+    head = queue(SPEC, head, make_update(5))
+    assert not wants_publish(SPEC, head)
+    decision = decide(JOB, head, make_update(5))
+    assert isinstance(decision, Refuse)
+    assert decision.refusal.reason == "too-many-pending"
+    assert isinstance(decide(JOB, head, make_update(5, site="site-b")), Accept)
+    assert isinstance(decide(JOB, clear(head), make_update(5)), Accept)
+
+
+def test_a_publish_is_dropped_if_its_model_was_rolled_back_or_put_in_quarantine() -> None:
+    head = queue(SPEC, make_head(5), make_update(3))
+    event = Published(merged=head.pending)
+    assert still_applies(head, event, head.current)
+    held = quarantine(head, 5, "worse", make_version(4))
+    assert not still_applies(held, event, head.current)
+    assert not still_applies(roll_back(SPEC, head, make_version(4), ()), event, head.current)
+    assert still_applies(clear(held), event, head.current)
 
 
 # --- FedAvg rounds -------------------------------------------------------------------------------------

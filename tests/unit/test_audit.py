@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from cli.main import app
 from federation.errors import AccessDenied, NotFound, StoreUnavailable
 from federation.keys import job_key, log_key, metrics_key, rejected_key, update_key
+from federation.requests import SteerJob
 from federation.types import (
+    AbandonedLine,
     Accepted,
     Closed,
     Created,
@@ -25,6 +27,7 @@ from federation.types import (
     Published,
     Refusal,
     Refused,
+    RolledBack,
 )
 from storage import models
 from storage.audit import Audit, Finding, audit
@@ -37,7 +40,9 @@ from storage.tensors import from_arrays
 from tasks.accept import accept
 from tasks.jobs import create
 from tests.factories import client_update, job_spec, toy_arrays
+from tests.unit.aggregator_cases import make_version
 from tests.unit.audit_cases import (
+    BROKEN_DECISIONS,
     POLICIES,
     Change,
     ToyJob,
@@ -49,6 +54,7 @@ from tests.unit.audit_cases import (
     play,
     seasoned_job,
     seq_of,
+    steered_job,
     worker,
 )
 
@@ -269,6 +275,58 @@ def test_without_compare_and_swap_the_fork_is_found(toy: ToyJob) -> None:
     key = log_key("toy", lost.seq + 1)
     (message,) = [f.message for f in errors(toy.store) if f.subject == key and "accepted here" in f.message]
     assert lost.event.contribution.update.update_id in message  # type: ignore[union-attr]
+
+
+# --- what is decided about versions ----------------------------------------------------------------------------
+
+
+def test_a_job_that_was_steered_passes() -> None:
+    assert findings(steered_job().store) == []
+
+
+@pytest.mark.parametrize("name", BROKEN_DECISIONS)
+def test_a_decision_that_the_head_does_not_show_is_found(name: str) -> None:
+    toy = steered_job()
+    kind, change, message = BROKEN_DECISIONS[name]
+    key = toy.edit(seq_of(toy, kind), change)
+    found = [finding for finding in errors(toy.store) if finding.subject == key]
+    assert any(message in finding.message for finding in found), found
+
+
+def test_a_version_that_is_made_in_quarantine_is_found() -> None:
+    toy = steered_job()
+    head = toy.log.head().head
+    made = make_version(head.version + 1)
+    toy.log.append(
+        toy.log.head(),
+        Published(merged=head.pending),
+        head.model_copy(update={"current": made, "pending": ()}),
+    )
+    assert any("is in quarantine" in finding.message for finding in errors(toy.store))
+
+
+def test_a_rollback_of_a_closed_job_is_found() -> None:
+    toy = steered_job()
+    toy.ask(SteerJob(job="toy", action="stop"))
+    head = toy.log.head().head
+    lines = (*head.abandoned, AbandonedLine(first=8, last=head.version))
+    after = head.model_copy(
+        update={
+            "current": toy.log.version(7).model_copy(update={"version": head.version + 1}),
+            "quarantine": None,
+            "abandoned": lines,
+        }
+    )
+    toy.log.append(toy.log.head(), RolledBack(to=7), after)
+    assert any("although the job is closed" in finding.message for finding in errors(toy.store))
+
+
+@pytest.mark.parametrize("what", ["stable", "offered"])
+def test_what_is_stable_or_offered_must_not_be_given_to_retention(what: str) -> None:
+    toy = steered_job()
+    version = getattr(toy.log.head().head, what)
+    toy.collect(version.model.key)
+    assert "gives it to retention" in only(errors(toy.store), version.model.key)
 
 
 STRANGER = {"update_id": "01890000-0000-7000-8000-000000000000", "base_version": 0, "reason": None}

@@ -27,10 +27,23 @@ import pytest
 
 from broker.port import Handler
 from federation.errors import Conflict
-from federation.jobs import Job, ModelRef
+from federation.ids import new_update_id
+from federation.jobs import EvaluationPolicy, Job, ModelRef, StopRule
 from federation.keys import PROBE_PREFIX, log_key, log_prefix, model_key
+from federation.requests import Request, SteerModel, What
 from federation.settings import Settings
-from federation.types import Accepted, ClientUpdate, Event, Head, LogRecord, Published, Refused
+from federation.types import (
+    SERVER,
+    Accepted,
+    ClientUpdate,
+    Evaluation,
+    Event,
+    Head,
+    LogRecord,
+    Published,
+    Refused,
+    RolledBack,
+)
 from federation.wire import Delivery, Message
 from storage.audit import Finding, audit
 from storage.blob import BlobStore
@@ -46,6 +59,8 @@ from tasks.context import Context
 from tasks.jobs import create
 from tasks.publish import publish_pending
 from tasks.replay import replay
+from tasks.report import record as record_report
+from tasks.requests import handle
 from tasks.retention import policy
 from tests.factories import Arrays, client_update, job_spec, payload_of, toy_arrays
 from tests.interleaving import Counterexample, Step, SteppedStore, explore, pause, uuid4
@@ -166,7 +181,8 @@ class Meeting:
             serve_one(worker)
         records = self._records()
         self._check_ends(records)
-        assert records[-1].head.pending == (), "it waits, and nobody was asked to publish it"
+        newest = records[-1].head
+        assert newest.pending == () or newest.quarantine, "it waits, and nobody was asked to publish it"
         self._check_models(records)
         assert errors(self._store, self._job) == []
         assert [step for step in replay(self._store, self._job.id) if not step.equal] == []
@@ -189,6 +205,8 @@ class Meeting:
                 case Published():
                     ended += [contribution.update.update_id for contribution in event.merged]
                     ended += [refusal.update.update_id for refusal in event.refused]
+                case RolledBack():
+                    ended += [refusal.update.update_id for refusal in event.refused]
         pending = [item.update.update_id for item in records[-1].head.pending]
         assert len(set(accepted)) == len(accepted), f"accepted twice: {self._say(accepted)}"
         assert pending == [known for known in accepted if known not in ended], "what is pending was accepted"
@@ -197,14 +215,18 @@ class Meeting:
 
     def _check_models(self, records: list[LogRecord]) -> None:
         values: tuple[float, ...] = ()
+        lines = {0: values}  # version -> what was merged into its model
         for event, head in ((record.event, record.head) for record in records):
+            if isinstance(event, RolledBack):
+                values = lines[event.to]
             for merged in event.merged if isinstance(event, Published) else ():
-                update, staleness = merged.update, len(values) - merged.update.base_version
-                assert (merged.staleness, merged.version) == (staleness, len(values) + 1)
-                values += (self._start.values[update.update_id],)
-            assert head.version == len(values)
+                made = max(lines) + 1
+                assert (merged.staleness, merged.version) == (made - 1 - merged.update.base_version, made)
+                values = lines[made] = (*values, self._start.values[merged.update.update_id])
+            lines[head.version] = values
+            assert head.version == max(lines)
             newest = head.current == records[-1].head.current
-            if isinstance(event, Published) and (newest or self._has(head.current.model.key)):
+            if isinstance(event, Published | RolledBack) and (newest or self._has(head.current.model.key)):
                 stored = load_model(self._store, head.current.model).arrays()
                 for name, expected in mixture(values).items():
                     assert np.array_equal(stored[name], expected), f"{name} of version {head.version}"
@@ -220,6 +242,9 @@ class Meeting:
                 return f"refuse {self._say([event.refusal.update.update_id])}"
             case Published():
                 return f"publish {self._say(item.update.update_id for item in event.merged)}"
+            case RolledBack():
+                refused = self._say(item.update.update_id for item in event.refused)
+                return f"back to {event.to}" + (f" without {refused}" if refused else "")
         return "" if event.type == "created" else event.type
 
     def _say(self, update_ids: Iterable[str]) -> str:
@@ -452,6 +477,176 @@ def test_two_accepts_of_which_each_has_to_publish_first() -> None:
         "accept a; publish a; accept c; publish c; accept b; publish b",
     }
     assert meet(*full_queue(), crashes=1, preemptions=0, least=20) == outcomes | published_again
+
+
+# --- what an operator and the gate do meanwhile -----------------------------------------------------------------
+
+
+def ask(what: What, or_else: str = "") -> Work:
+    """A request as the queue holds it: delivered again it is the same one. `or_else`: how it may be refused."""
+    request = Request(request_id=new_update_id(), who=SERVER, what=what, at=WRITTEN)
+
+    def work(worker: Worker) -> None:
+        answer = handle(worker, request)
+        assert answer.ok or (or_else and or_else in answer.errors[0]), answer.errors
+
+    return work
+
+
+def back_to(version: int) -> Work:
+    return ask(SteerModel(job="toy", action="rollback", version=version))
+
+
+def two_versions(**changes: Any) -> Start:
+    start = Start(**changes)
+    start.merged("m", 8.0)
+    start.merged("n", 4.0, base_version=1)
+    return start
+
+
+@CRASHES
+def test_rollback_and_accept(crashes: int) -> None:
+    """Of the abandoned line: it is refused by the rollback, or by the accept after it."""
+    start = two_versions()
+    update = start.upload("a", 1.0, base_version=2)
+    works = {"A": partial(accept, update=update), "B": back_to(1)}
+    before = "accept m; publish m; accept n; publish n; "
+    assert meet(start, works, crashes=crashes, least=(4, 30)[crashes]) == {
+        before + "accept a; back to 1 without a",
+        before + "back to 1; refuse a",
+    }
+
+
+@CRASHES
+def test_rollback_and_an_accept_from_before_it(crashes: int) -> None:
+    """It counts in either order, with the staleness that it has then."""
+    start = two_versions()
+    update = start.upload("a", 1.0, base_version=1)
+    works = {"A": partial(accept, update=update), "B": back_to(1)}
+    before = "accept m; publish m; accept n; publish n; "
+    assert meet(start, works, crashes=crashes, least=(4, 30)[crashes]) == {
+        before + "accept a; back to 1",
+        before + "back to 1; accept a",
+    }
+
+
+@CRASHES
+def test_rollback_and_publish(crashes: int) -> None:
+    """A publish that has folded on what is rolled back drops its work; a is merged anew, b refused."""
+    start = two_versions()
+    start.pending("a", 1.0, base_version=1)
+    start.pending("b", 3.0, site="site-b", base_version=2)
+    works = {"P": partial(publish_pending, job=start.job), "B": back_to(1)}
+    before = "accept m; publish m; accept n; publish n; accept a; accept b; "
+    found = meet(start, works, crashes=crashes, least=(4, 40)[crashes])
+    assert found >= {before + "publish a+b; back to 1", before + "back to 1 without b"}
+    assert found - {before + "back to 1 without b; publish a"} == {
+        before + "publish a+b; back to 1",
+        before + "back to 1 without b",
+    }
+
+
+def test_the_same_rollback_delivered_twice_with_work_in_between_is_one() -> None:
+    start = two_versions()
+    twice = back_to(1)
+    works = {"B": twice, "C": twice, "A": partial(accept, update=start.upload("a", 1.0, base_version=1))}
+    outcomes = meet(start, works, preemptions=1, least=40)
+    assert all(outcome.count("back to 1") == 1 for outcome in outcomes)
+
+
+def test_rollback_and_retention() -> None:
+    """Version 1 may go, or is made the newest again: never both."""
+    start = two_versions()
+    start.merged("o", 2.0, base_version=2)
+
+    back = ask(SteerModel(job="toy", action="rollback", version=1), or_else="not kept any more")
+    before = "accept m; publish m; accept n; publish n; accept o; publish o; "
+    found = meet(start, {"R": partial(collect, job=start.job), "B": back}, least=6)
+    assert found == {before + "collected", before + "back to 1; collected"}
+
+
+def test_promotion_and_retention() -> None:
+    start = two_versions()
+
+    promote = ask(SteerModel(job="toy", action="promote", version=1), or_else="not kept any more")
+    before = "accept m; publish m; accept n; publish n; "
+    found = meet(start, {"R": partial(collect, job=start.job), "B": promote}, least=6)
+    assert found == {before + "collected", before + "promoted"}
+
+
+def report(version: int, value: float) -> Evaluation:
+    return Evaluation(
+        job="toy",
+        version=version,
+        who="site-a",
+        num_images=10,
+        metrics={"mAP@0.5": value},
+        at=WRITTEN,
+    )
+
+
+def gated(**stop: Any) -> Start:
+    """Version 1 is measured as 0.8, and version 2 about to be as less."""
+    start = two_versions(
+        evaluation=EvaluationPolicy(sites_every=1, max_drop=0.1),
+        stop=StopRule(max_versions=1000, **stop),
+    )
+    record_report(start.worker, report(1, 0.8))
+    return start
+
+
+@CRASHES
+def test_quarantine_and_accept_and_clear(crashes: int) -> None:
+    """Nothing is merged until it is cleared, and nothing is lost."""
+    start, clear = gated(), ask(SteerModel(job="toy", action="clear", version=2))
+    update = start.upload("a", 1.0, base_version=2)
+
+    def measure_and_clear(worker: Worker) -> None:
+        record_report(worker, report(2, 0.5))
+        clear(worker)
+
+    works = {"A": partial(accept, update=update), "M": measure_and_clear}
+    before = "accept m; publish m; accept n; publish n; "
+    found = meet(
+        start, works, crashes=crashes, preemptions=None if not crashes else 0, least=(8, 20)[crashes]
+    )
+    assert found == {
+        before + "accept a; quarantined; cleared",
+        before + "quarantined; accept a; cleared",
+        before + "quarantined; cleared; accept a",
+    }
+
+
+@CRASHES
+def test_quarantine_and_publish(crashes: int) -> None:
+    start = gated()
+    start.pending("a", 1.0, base_version=2)
+    works = {"P": partial(publish_pending, job=start.job), "M": partial(record_report, report=report(2, 0.5))}
+    before = "accept m; publish m; accept n; publish n; accept a; "
+    found = meet(start, works, crashes=crashes, least=(4, 30)[crashes])
+    assert found == {before + "publish a; quarantined", before + "quarantined"}
+
+
+@CRASHES
+def test_a_stop_rule_closes_while_an_update_comes(crashes: int) -> None:
+    """It is merged, or refused once: by the close, or by the accept after it."""
+    start = gated(target=0.85)
+    update = start.upload("a", 1.0, base_version=2)
+    works = {"A": partial(accept, update=update), "M": partial(record_report, report=report(2, 0.9))}
+    before = "accept m; publish m; accept n; publish n; "
+    found = meet(start, works, crashes=crashes, least=(4, 30)[crashes])
+    assert found == {before + "accept a; closed; refuse a", before + "closed; refuse a"}
+
+
+def test_a_stop_rule_closes_while_a_version_is_made() -> None:
+    start = gated(target=0.85)
+    start.pending("a", 1.0, base_version=2)
+    works = {"P": partial(publish_pending, job=start.job), "M": partial(record_report, report=report(2, 0.9))}
+    before = "accept m; publish m; accept n; publish n; accept a; "
+    assert meet(start, works, least=4) == {
+        before + "publish a; closed",
+        before + "closed; refuse a",
+    }
 
 
 # --- three, and whole queues ---------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from cli.main import app
 from federation.errors import CorruptLog, NotFound, StoreUnavailable
 from federation.keys import log_key, models_prefix
+from federation.requests import SteerModel
 from federation.types import Accepted, Closed, Created, Published, Refused, RolledBack
 from storage.memory import MemoryStore
 from storage.models import load_model, save_model
@@ -24,6 +25,7 @@ from tasks.publish import publish_pending
 from tasks.replay import Replay, Replayed, replay
 from tests.factories import client_update, job_spec, payload_of, toy_arrays
 from tests.unit.audit_cases import (
+    BROKEN_DECISIONS,
     POLICIES,
     Change,
     ToyJob,
@@ -33,6 +35,7 @@ from tests.unit.audit_cases import (
     play,
     seasoned_job,
     seq_of,
+    steered_job,
     worker,
 )
 
@@ -365,6 +368,31 @@ def test_a_head_that_is_not_what_the_event_makes_is_found(toy: ToyJob, name: str
     step = last(toy)
     assert step.seq == seq
     assert expected in step.difference
+
+
+def test_a_job_that_was_steered_is_made_again() -> None:
+    toy = steered_job()
+    assert last(toy).equal
+    assert [(s.seq, s.version, s.recomputed) for s in replay(toy.store, "toy")] == versions(toy)
+
+
+@pytest.mark.parametrize("name", BROKEN_DECISIONS)
+def test_a_decision_that_the_head_does_not_show_is_found(name: str) -> None:
+    toy = steered_job()
+    kind, change, _ = BROKEN_DECISIONS[name]
+    seq = seq_of(toy, kind)
+    toy.edit(seq, change)
+    step = last(toy)
+    assert (step.seq, step.equal) == (seq, False)
+
+
+def test_a_rollback_that_refuses_others_than_it_strands_is_found() -> None:
+    toy = new_job("fedbuff")
+    toy.round()
+    toy.accept(base_version=3)
+    toy.ask(SteerModel(job="toy", action="rollback", version=0))
+    toy.edit(seq_of(toy, RolledBack), at("event.refused", lambda _: []))
+    assert "refused updates are not those" in last(toy).difference
 
 
 def test_an_update_that_counts_twice_is_found(toy: ToyJob) -> None:

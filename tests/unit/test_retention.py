@@ -30,6 +30,7 @@ from federation.points import Point, watch
 from federation.settings import Settings, env_name
 from federation.types import (
     SERVER,
+    Cleared,
     ClientUpdate,
     Closed,
     Collected,
@@ -37,7 +38,10 @@ from federation.types import (
     Event,
     Head,
     ModelVersion,
+    Promoted,
     Published,
+    Quarantined,
+    RolledBack,
 )
 from storage.audit import audit
 from storage.blob import BlobStore
@@ -280,6 +284,51 @@ def test_the_best_version_stays_however_old_it_is(broker: SqliteBroker, who: str
     assert 3 in stored_versions(world, made)
     assert load_model(world.store, world.log.version(3).model)
     assert world.sound()
+
+
+def test_what_is_stable_offered_or_proposed_for_release_stays(world: World) -> None:
+    made = world.versions(12, every=DAY)
+    record = world.log.head()
+    world.log.append(record, Promoted(version=2), transitions.promote(record.head, made[2]))
+    record = world.log.head()
+    held = transitions.quarantine(record.head, 9, "worse", made[4])
+    world.log.append(record, Quarantined(version=9, reason="worse"), held)
+    world.store.put(keys.proposal_key("toy", 6), b"{}")
+    world.pass_time(365 * DAY)
+    settings = SETTINGS.model_copy(update={"keep_versions": 1})
+    assert world.collect(settings)
+    assert stored_versions(world, made) == {0, 2, 4, 6, 12}
+    record = world.log.head()
+    world.log.append(record, Cleared(version=9), transitions.clear(record.head))
+    assert world.collect(settings) == {made[4].model.key}, "nobody is offered it any more"
+
+
+def test_a_model_stays_for_the_sake_of_any_version_that_has_it(world: World) -> None:
+    """Version 8 is version 2 again; when that is superseded, both may go."""
+    made = world.versions(7, every=DAY)
+    record = world.log.head()
+    back = transitions.roll_back(world.job.spec, record.head, made[2], ())
+    world.log.append(record, RolledBack(to=2), back)
+    world.pass_time(365 * DAY)
+    settings = SETTINGS.model_copy(update={"keep_versions": 1})
+    assert world.collect(settings)
+    assert stored_versions(world, made) == {0, 2}
+    assert load_model(world.store, world.head.current.model)
+    made.append(world.publish())
+    world.pass_time(365 * DAY)
+    assert world.collect(settings) == {made[2].model.key}
+    assert stored_versions(world, made) == {0, 9}
+
+
+def test_the_last_version_is_due_whatever_closed_the_job(broker: SqliteBroker) -> None:
+    """Nobody may have asked for it: the worker that closed the job may have died."""
+    world = World(broker, job_spec(evaluation=EvaluationPolicy(every=4)))
+    world.versions(5)
+    record = world.log.head()
+    world.log.append(record, Closed(reason="over"), transitions.close(record.head, "over"))
+    world.sent.clear()
+    tend(world.worker, {}, lambda: False)
+    assert world.sent == [(celery.EVALUATE, {"job": "toy", "version": "5"})]
 
 
 def test_a_report_that_comes_while_its_version_is_collected_goes_in_the_next_run(world: World) -> None:
