@@ -19,7 +19,7 @@ from storage.open import open_store
 def metrics(job: JobArgument, live_url: LiveUrl = None, store_url: StoreUrl = None) -> None:
     """A job's counters in Prometheus' text format: what its sites sent, fetched and kept at home; which are there.
 
-    Example: fedqueue job metrics street > street.prom.new && mv street.prom.new /var/lib/node_exporter/street.prom
+    Example: fedqueue job metrics street > street.new && mv street.new street.prom
     """
     settings = load(live_url=live_url, store_url=store_url)
     try:
