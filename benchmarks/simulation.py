@@ -4,10 +4,11 @@ Each site trains with `detection.engine` and each update is merged by `aggregato
 the sites would finish; only the clock is simulated. So a site that is ten times slower costs no more to simulate,
 and the same seed gives the same curve on every machine of one kind, however busy it is.
 
-    a site starts      from the newest version; it trains as many steps as the plan says, of `step_time` each
-    it finishes        its update is merged with the staleness that it has then; it starts again at once, or
-                       when fewer than the job's `max_inflight` updates of it wait to be merged
-    at most `concurrency` sites train at one time; who waits longest starts next
+    a site starts          from the newest version; it trains as many steps as the plan says, of `step_time` each
+    it finishes            its update is merged with the staleness that it has then; it starts again at once, or
+                           when fewer than the job's `max_inflight` updates of it wait to be merged
+    with a `concurrency`   so many sites train at one time, those that the server would invite (aggregator.selection):
+                           all are connected and at rest, so their images and the time since their last turn decide
 
 What this leaves out: transport (milliseconds beside minutes of training), lost messages and crashes, which change
 who is late but not what is merged (docs/reliability.md).
@@ -17,20 +18,21 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-from collections import Counter, deque
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import numpy as np
 
 from aggregator.merge import Merge
+from aggregator.selection import Candidate, select
 from aggregator.server_opt import OptimizerState
 from detection import engine
 from detection.dataset import Dataset
 from detection.weights import Arrays
 from federation.ids import new_update_id
-from federation.jobs import JobSpec
+from federation.jobs import JobSpec, Participation
 from federation.keys import update_key
 from federation.types import ClientUpdate
 from producers.local import payload as payload_of
@@ -75,12 +77,14 @@ def federate(
 ) -> Iterator[Snapshot]:
     """Run `spec` until its last version; yields the model after each version.
 
-    `initial`: the full state of version 0. `concurrency`: how many sites train at one time; none: all.
+    `initial`: the full state of version 0. `concurrency`: how many sites are invited at one time; none: the job is
+    free-running, and all train.
     The job's norm policy must be `average`.
     """
     model, state, version = from_arrays(initial), None, 0
-    waiting: deque[Site] = deque(sites)
+    waiting = {site.name: site for site in sites}
     idle: list[Site] = []
+    began: dict[str, float] = {}
     running: list[_Finish] = []
     attempts: Counter[tuple[str, int]] = Counter()
     moments: dict[str, engine.OptimizerState] = {}
@@ -90,8 +94,12 @@ def federate(
     order = steps = 0
     now = 0.0
     while version < spec.stop.max_versions:
-        while waiting and (concurrency is None or len(running) < concurrency):
-            site = waiting.popleft()
+        starting = tuple(waiting)
+        if concurrency is not None:
+            starting = _invited(sites, waiting, idle, began, now, concurrency)
+        for name in starting:
+            site = waiting.pop(name)
+            began[site.name] = now
             attempt = attempts[site.name, version]
             attempts[site.name, version] += 1
             finish = now + spec.plan.steps_for(site.dataset.num_examples) * site.step_time
@@ -117,16 +125,42 @@ def federate(
             group = []
         idle.append(done.site)
         unmerged = Counter(one.site for one, _ in group)
-        waiting.extend(site for site in idle if unmerged[site.name] < spec.inflight_limit)
+        waiting |= {site.name: site for site in idle if unmerged[site.name] < spec.inflight_limit}
         idle = [site for site in idle if unmerged[site.name] >= spec.inflight_limit]
         if complete:
             yield Snapshot(now, steps, version, model, dict(merged), float(np.mean(staleness)))
 
 
+def _invited(
+    sites: list[Site],
+    waiting: Mapping[str, Site],
+    idle: list[Site],
+    began: Mapping[str, float],
+    now: float,
+    concurrency: int,
+) -> tuple[str, ...]:
+    """Names of those that the server would invite now. Who is neither in `waiting` nor `idle` trains.
+
+    began: when the last turn of each site did.
+    """
+    unmerged = {site.name for site in idle}
+    candidates = [
+        Candidate(
+            site=site.name,
+            num_images=site.dataset.num_examples,
+            since_s=now - began[site.name] if site.name in began else None,
+            invited=site.name not in waiting and site.name not in unmerged,
+            occupied="its update waits to be merged" if site.name in unmerged else "",
+        )
+        for site in sites
+    ]
+    return select(candidates, Participation(mode="invited", concurrency=concurrency)).invite
+
+
 def _train(
     spec: JobSpec, run: _Finish, moments: engine.OptimizerState | None
 ) -> tuple[ClientUpdate, TensorFile, engine.OptimizerState]:
-    """The site's update, as `producers.agent` makes it, and the state of its optimiser."""
+    """The site's update, as `producers.work` makes it, and the state of its optimiser."""
     trained = engine.train(
         spec,
         run.base.arrays(),

@@ -1,0 +1,70 @@
+"""The federation in virtual time: who trains when. The training itself is a toy's: it adds noise to the weights."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from benchmarks.simulation import Site, Snapshot, federate
+from detection import engine
+from federation.jobs import AggregationPolicy, JobSpec, StopRule
+from tests.factories import Arrays, job_spec, toy_arrays
+
+
+@pytest.fixture(autouse=True)
+def _toy_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(spec: JobSpec, weights: Arrays, dataset: Any, *, seed: int, **_: object) -> SimpleNamespace:
+        noise = np.random.default_rng(seed).normal(0, 0.01, 4).astype(np.float32)
+        trained = weights | {"norm.bias": weights["norm.bias"] + noise}
+        return SimpleNamespace(
+            weights=trained, num_examples=dataset.num_examples, metrics={}, optimizer_state=None
+        )
+
+    monkeypatch.setattr(engine, "train", train)
+
+
+def sites(*num_images: int, step_times: tuple[float, ...] = ()) -> list[Site]:
+    times = step_times or (1.0,) * len(num_images)
+    datasets: list[Any] = [SimpleNamespace(num_examples=size) for size in num_images]
+    return [
+        Site(f"s{n}", dataset, step_time)
+        for n, (dataset, step_time) in enumerate(zip(datasets, times, strict=True))
+    ]
+
+
+def spec(versions: int) -> JobSpec:
+    policy = AggregationPolicy(strategy="fedbuff", buffer_size=2)
+    return job_spec(aggregation=policy, max_inflight=1, stop=StopRule(max_versions=versions))
+
+
+def last(snapshots: Any) -> Snapshot:
+    *_, found = snapshots
+    assert isinstance(found, Snapshot)
+    return found
+
+
+def test_without_a_limit_each_site_works_at_its_own_speed() -> None:
+    end = last(federate(spec(100), sites(10, 1000, step_times=(1.0, 1.0)), toy_arrays()))
+    assert end.updates == {"s0": 100, "s1": 100}
+    three = sites(10, 10, 10, step_times=(1.0, 1.0, 4.0))
+    slow = last(federate(spec(100), three, toy_arrays()))
+    assert slow.updates["s0"] > 2 * slow.updates["s2"] > 0
+
+
+def test_with_a_limit_the_turns_are_shared_in_proportion_to_the_images() -> None:
+    sizes = (10, 20, 30, 40, 50, 60, 70, 40, 40, 40)
+    end = last(federate(spec(200), sites(*sizes), toy_arrays(), concurrency=4))
+    for n, size in enumerate(sizes):
+        assert end.updates[f"s{n}"] == pytest.approx(400 * size / sum(sizes), rel=0.2)
+    assert end.time == 100 * 40.0, "four at a time, forty steps each"
+
+
+def test_the_same_run_gives_the_same_model() -> None:
+    models = [
+        last(federate(spec(30), sites(10, 20, 30, 40), toy_arrays(), concurrency=3)).model.flat
+        for _ in range(2)
+    ]
+    assert np.array_equal(models[0], models[1])
