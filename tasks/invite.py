@@ -38,10 +38,8 @@ log = logging.getLogger("fedqueue.invite")
 
 AT_WORK = ("pulling", "training", "uploading")
 """States of a site that makes an update."""
-
-
 PAUSE = 3.0
-"""In `oversee_every_s`: while one worker is active it looks more often than that."""
+"""In `oversee_every_s`: whoever has not looked for so long may not have been the only one to invite."""
 
 
 class Turns:
@@ -56,7 +54,10 @@ class Turns:
         self._store, self._versions, self._job = store, versions, job
         self._since = now - timedelta(seconds=OVERRUN * job.spec.participation.lease_s)
         self._next = versions.first_since(self._since)
+        self.head = versions.head().head
         self.newest: dict[str, Invitation] = {}
+        self.unsure = False
+        """An invitation was sent to the store, and whether it is there is not known: `reload`."""
         self._answered: dict[str, datetime] = {}
         self.reload()
 
@@ -64,6 +65,7 @@ class Turns:
         """Learn what another process has decided, before its consequences are read. Raises StoreUnavailable."""
         for invitation in list_invitations(self._store, self._job.id):
             self._keep(invitation)
+        self.unsure = False
 
     def _keep(self, invitation: Invitation) -> None:
         if self.newest.get(invitation.site) != invitation:
@@ -74,7 +76,7 @@ class Turns:
         """Read the records that are new. Raises CorruptLog, StoreUnavailable."""
         for record in self._versions.history(self._next):
             self._add(record)
-            self._next = record.seq + 1
+            self._next, self.head = record.seq + 1, record.head
 
     def _add(self, record: LogRecord) -> None:
         match record.event:
@@ -118,13 +120,14 @@ class Turns:
             expires_at=now + timedelta(seconds=self._job.spec.participation.lease_s),
             expected_s=self.expected_s(site, now),
         )
+        self.unsure = True
         save_invitation(self._store, invitation)
+        self.unsure = False
         self._keep(invitation)
 
 
 def candidates(
     job: Job,
-    head: Head,
     members: Iterable[Member],
     seen: Mapping[str, Seen],
     turns: Turns,
@@ -132,7 +135,7 @@ def candidates(
     now: datetime,
 ) -> list[Candidate]:
     """Those that have joined, as a selection sees them. seen: site -> its last heartbeat."""
-    unmerged = Counter(contribution.update.site for contribution in head.pending)
+    unmerged = Counter(contribution.update.site for contribution in turns.head.pending)
 
     def occupied(site: str) -> str:
         status = seen[site].status if site in seen else None
@@ -174,12 +177,13 @@ def invite(context: Context, job: Job, head: Head, now: datetime | None = None) 
     now = now or datetime.now(UTC)
     turns = _turns(context, job, now)
     turns.read()
+    head = turns.head  # what came before this in the same look may have closed the job
+    if head.idle_because is not None:
+        return
     if sum(turns.is_invited(site, now) for site in turns.newest) >= participation.concurrency:
         return
     chosen = select(
-        candidates(
-            job, head, list_members(context.store, job.id), _seen(context), turns, context.settings, now
-        ),
+        candidates(job, list_members(context.store, job.id), _seen(context), turns, context.settings, now),
         participation,
     )
     for site in chosen.invite:
@@ -219,7 +223,7 @@ def _turns(context: Context, job: Job, now: datetime) -> Turns:
     if job.id not in memory.turns:
         memory.turns[job.id] = time.monotonic(), Turns(context.store, context.log(job.id), job, now)
     last, turns = memory.turns[job.id]
-    if time.monotonic() - last > PAUSE * context.settings.oversee_every_s:
+    if turns.unsure or time.monotonic() - last > PAUSE * context.settings.oversee_every_s:
         turns.reload()
     memory.turns[job.id] = time.monotonic(), turns
     return turns
@@ -246,17 +250,16 @@ def places(
     seen: site -> its last heartbeat. Raises NotFound, CorruptLog, StoreUnavailable.
     """
     versions = VersionLog(store, job.id)
-    head = versions.head().head
     turns = Turns(store, versions, job, now)
     turns.read()
-    found = candidates(job, head, list_members(store, job.id), seen, turns, settings, now)
+    found = candidates(job, list_members(store, job.id), seen, turns, settings, now)
     chosen = select(found, job.spec.participation)
     return [
         Place(
             candidate,
             turns.newest.get(candidate.site),
             turns.answered(candidate.site),
-            _why(candidate.site, chosen, head),
+            _why(candidate.site, chosen, turns.head),
         )
         for candidate in found
     ]

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from broker.sqlite import SqliteBroker
 from cli.main import app
-from federation.errors import Transient
+from federation.errors import StoreUnavailable, Transient
 from federation.governance import Invitation, Member
 from federation.ids import new_update_id
 from federation.jobs import Job, JobSpec, Participation
@@ -22,6 +22,7 @@ from federation.settings import Settings
 from federation.types import Machine, SiteStatus
 from federation.wire import Invited, decode_control
 from storage.control import list_invitations, load_invitation, save_member
+from storage.files import Buffer
 from storage.liveness import Seen
 from storage.log import VersionLog
 from storage.memory import MemoryStore
@@ -43,11 +44,18 @@ LEASE_S = 100.0
 
 
 class CountingStore(MemoryStore):
-    """Counts what is read of the log."""
+    """Counts what is read of the log; and can take an invitation without saying so."""
 
     def __init__(self) -> None:
         super().__init__()
         self.log_reads = 0
+        self.lose_next_reply = False
+
+    def put(self, key: str, data: Buffer) -> None:
+        super().put(key, data)
+        if self.lose_next_reply and "/invitations/" in key:
+            self.lose_next_reply = False
+            raise StoreUnavailable("the connection broke")
 
     def get(self, key: str, *, max_bytes: int) -> bytes:
         self.log_reads += "/log/" in key
@@ -249,6 +257,20 @@ def test_a_worker_learns_what_another_invited_in_its_place(
     worker.invite()
     assert invited(worker, clock) == {"site-b"}
     other.broker.close()
+
+
+def test_an_invitation_whose_reply_was_lost_is_not_given_twice(worker: Worker, clock: Clock) -> None:
+    store = worker.store
+    assert isinstance(store, CountingStore)
+    new_job(worker, concurrency=1)
+    join(worker, *SITES)
+    store.lose_next_reply = True
+    with pytest.raises(StoreUnavailable):
+        worker.invite()
+    invited_at = clock.now
+    clock.after(5)
+    worker.invite()
+    assert [(i.site, i.invited_at) for i in list_invitations(store, "toy")] == [("site-a", invited_at)]
 
 
 def test_only_new_records_are_read(worker: Worker, clock: Clock, tmp_path: Path) -> None:
