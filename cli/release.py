@@ -258,6 +258,7 @@ def _answer(
     proposal = release.proposal
     signed = (
         Consent(
+            kind="release-consent",
             job=job,
             version=version,
             model_sha256=proposal.model_sha256,

@@ -90,7 +90,7 @@ class Consent(Value):
     """
 
     schema_version: Literal[1] = 1
-    kind: Literal["release-consent"] = "release-consent"
+    kind: Literal["release-consent"]  # without a default: no signature of another text can be taken for one
     job: Name
     version: int = Field(ge=0, le=MAX_VERSION)
     model_sha256: Sha256 = Field(description="of the version's stored model, as the log names it")

@@ -168,6 +168,7 @@ def test_nobody_answers_for_a_site(server: Server, run: Run) -> None:
     assert release is not None
     proposal = release.proposal
     consent = Consent(
+        kind="release-consent",
         job=job,
         version=version,
         model_sha256=proposal.model_sha256,

@@ -96,6 +96,7 @@ def consent(worker: Worker, version: int, answer: str = "approve", **changes: An
     assert release is not None
     proposal = release.proposal
     values: dict[str, Any] = {
+        "kind": "release-consent",
         "job": "toy",
         "version": version,
         "model_sha256": proposal.model_sha256,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import stat
 import threading
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from federation.errors import BadSettings, StoreUnavailable
+from federation.requests import Consent
 from federation.signatures import SigningKey, fingerprint, is_fingerprint, verifies
 from producers.site_key import NAME, site_key
 
@@ -80,3 +82,12 @@ def test_a_folder_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StoreUnavailable, match=r"release\.key cannot be used"):
         site_key(tmp_path / "file")
+
+
+def test_the_example_of_the_protocol_is_true() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "protocol.md").read_text()
+    found = dict(re.findall(r"^    (public key|fingerprint|signed|signature) +(\S.*)$", text, re.M))
+    assert len(found) == 4
+    assert verifies(found["public key"], found["signature"], found["signed"])
+    assert fingerprint(found["public key"]) == found["fingerprint"]
+    assert Consent.from_json(found["signed"]).answer == "approve"
