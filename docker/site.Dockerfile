@@ -1,4 +1,5 @@
-# What needs torch: a site's agent, the evaluation worker, `fedqueue job submit` and `fedqueue predict`.
+# What needs torch: a site's agent, the evaluation worker (which writes releases, so with ONNX), `fedqueue job submit`
+# and `fedqueue predict`.
 #   docker build -f docker/site.Dockerfile -t fedqueue-site .        (from the repository's root)
 #
 # The index's newest torch brings its CUDA packages, several gigabytes, and works without a GPU, too. For the
@@ -13,11 +14,11 @@ RUN python -m venv /opt/fedqueue
 WORKDIR /src
 # Dependencies in a layer of their own: a change of our code does not install them again.
 COPY pyproject.toml ./
-RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['site'], sep='\n')" \
+RUN python -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; print(*p['dependencies'], *p['optional-dependencies']['site'], *p['optional-dependencies']['export'], sep='\n')" \
         > /tmp/requirements.txt \
     && pip install -r /tmp/requirements.txt
 COPY . .
-RUN pip install --no-deps ".[site]"
+RUN pip install --no-deps ".[site,export]"
 
 FROM ${PYTHON_IMAGE}
 # /state holds the outbox: an update that was trained and not yet confirmed survives a new container there.

@@ -36,6 +36,7 @@ from storage.ledger import Ledger
 from storage.log import refusals, utc_now
 from storage.reading import MAX_OBJECT_BYTES
 from storage.readonly import ReadOnlyStore
+from storage.releases import defects
 from storage.salvage import LogReader
 
 V = TypeVar("V", bound=Value)
@@ -143,6 +144,7 @@ class Audit:
         yield from self._settle(ledger)
         yield from self._check_refusals(ledger)
         yield from self._check_metrics(ledger)
+        yield from self._check_releases(ledger)
         yield from self._check_leftovers(job, ledger)
 
     # --- job.json and the listing -----------------------------------------------------------------------------
@@ -318,6 +320,17 @@ class Audit:
             elif found.version not in ledger.versions:
                 message = f"measures version {found.version}, which never was: look for lost records"
                 yield Finding("error", key, message)
+
+    def _check_releases(self, ledger: Ledger) -> Iterator[Finding]:
+        prefix = keys.releases_prefix(self._job_id)
+        for version in sorted({int(key.removeprefix(prefix)[:10]) for key in self._listed["releases"]}):
+            if version not in ledger.versions:
+                key = keys.release_prefix(self._job_id, version)
+                yield Finding(
+                    "error", key, f"is of version {version}, which never was: look for lost records"
+                )
+            for key, problem in defects(self._store, self._job_id, version, digests=self._digests):
+                yield Finding("error", key, f"{problem}: {_RESTORE}")
 
     def _check_leftovers(self, job: Job | None, ledger: Ledger) -> Iterator[Finding]:
         collected = ledger.collected

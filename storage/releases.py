@@ -13,8 +13,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from federation import keys
-from federation.errors import AccessDenied, CorruptLog, NotFound
+from federation.errors import AccessDenied, BadPayload, CorruptLog, NotFound
 from federation.governance import Decision, Proposal, ReleaseRecord, SiteAnswer
+from federation.signatures import verifies
 from storage.blob import BlobStore
 from storage.reading import load_value
 
@@ -123,6 +124,30 @@ def load_file(store: BlobStore, job: str, version: int, name: str, max_bytes: in
         return store.get(keys.bundle_key(job, version, name), max_bytes=max_bytes)
     except NotFound:
         return None
+
+
+def defects(store: BlobStore, job: str, version: int, *, digests: bool) -> Iterator[tuple[str, str]]:
+    """What is wrong with the release of `version`: object key, and what is the matter. digests: read every file."""
+    prefix = keys.release_prefix(job, version)
+    try:
+        release = load_release(store, job, version)
+        if release is None:
+            return  # a worker died between the file and the question
+        for number, answer in enumerate(release.answers):
+            consent = answer.consent
+            if not verifies(consent.public_key, consent.signature, consent.signed):
+                key = keys.release_record_key(job, version, number)
+                yield key, f"is an answer of {answer.site} that its key has not signed"
+        if not is_released(store, job, version):
+            return
+        data = store.get(keys.bundle_key(job, version, SUMS), max_bytes=MAX_SUMS_BYTES)
+        for name, digest in parse_sums(data).items():
+            key = keys.bundle_key(job, version, name)
+            size = store.size(key)
+            if digests and sha256(store.get(key, max_bytes=size)) != digest:
+                yield key, f"is not the file that {SUMS} names"
+    except (CorruptLog, BadPayload, NotFound) as exc:
+        yield prefix, str(exc)
 
 
 def sums(digests: Mapping[str, str]) -> bytes:

@@ -25,6 +25,10 @@ def test_the_layout_of_the_protocol() -> None:
     )
     assert keys.rejected_key("street", "north", update_id) == f"jobs/street/rejected/north/{update_id}.json"
     assert keys.metrics_key("street", 7, "server") == "jobs/street/metrics/0000000007/server.json"
+    assert keys.proposal_key("street", 7) == "jobs/street/releases/0000000007/proposal.json"
+    assert keys.release_record_key("street", 7, 2) == "jobs/street/releases/0000000007/answers/000002.json"
+    assert keys.bundle_key("street", 7, "x") == "jobs/street/releases/0000000007/bundle/x"
+    assert keys.site_key("north") == "sites/north.json"
     assert keys.deadletter_key("x") == "deadletters/x.json"
     assert keys.PROBE_PREFIX == "_probe/"
 

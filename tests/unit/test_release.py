@@ -388,6 +388,29 @@ def test_the_bundle_is_whole_and_verifies(
     assert not [f for f in audit(worker.store, "toy") if "nothing that fedqueue writes" in f.message]
 
 
+@pytest.mark.parametrize("change", ["answer", "bundle", "missing", "order", "version"])
+def test_an_audit_finds_what_was_changed_in_the_store(
+    worker: Worker, site_keys: dict[str, SigningKey], change: str
+) -> None:
+    version = trained(worker)
+    released(worker, site_keys, version)
+    store, prefix = worker.store, keys.release_prefix("toy", version)
+    if change == "answer":
+        key = keys.release_record_key("toy", version, 1)
+        data = store.get(key, max_bytes=1 << 16)
+        store.put(key, data.replace(b"a pilot", b"any use"))
+    elif change == "bundle":
+        store.put(f"{prefix}bundle/MODEL_CARD.md", b"# All is well")
+    elif change == "missing":
+        store.delete(f"{prefix}bundle/model.safetensors")
+    elif change == "order":
+        store.delete(keys.release_record_key("toy", version, 1))
+    else:
+        store.put(keys.proposal_key("toy", 77), store.get(f"{prefix}proposal.json", max_bytes=1 << 16))
+    (finding,) = [found for found in audit(store, "toy") if found.level == "error"]
+    assert "/releases/" in finding.subject
+
+
 def test_after_the_bundle_an_answer_comes_too_late(worker: Worker, site_keys: dict[str, SigningKey]) -> None:
     version = trained(worker)
     released(worker, site_keys, version)
