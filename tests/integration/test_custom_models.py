@@ -101,7 +101,7 @@ def test_an_image_classifier_is_trained_by_two_sites_until_its_job_closes(
     subprocess.run([sys.executable, "-c", FIRST_WEIGHTS], check=True, timeout=60)
     (models / "job.toml").write_text(JOB)
     environment = server.environment
-    result = CliRunner().invoke(app, ["job", "create", "job.toml", "--weights", "first.pth"], env=environment)
+    result = CliRunner().invoke(app, ["job", "submit", "job.toml", "--weights", "first.pth"], env=environment)
     assert result.exit_code == 0, result.output
     assert "--trainer" in result.output
     assert "most 'accuracy'" in result.output
