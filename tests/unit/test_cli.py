@@ -29,11 +29,12 @@ def test_the_commands_of_the_documentation_are_there() -> None:
     expected = "demo predict ingress worker settings audit replay gc"
     assert {f"fedqueue {name}" for name in expected.split()} <= ALL.keys()
     for noun, verbs in {
-        "site": "run list show",
+        "site": "run key list show",
         "job": "submit check schema list show pause resume stop status metrics history",
         "data": "check split convert",
         "model": "list metrics pull",
         "deadletter": "list show requeue",
+        "release": "propose list show approve refuse fetch verify",
         "server": "init definitions bucket-policy",
     }.items():
         assert {f"fedqueue {noun} {verb}" for verb in verbs.split()} <= ALL.keys()
