@@ -100,7 +100,8 @@ def site_settings(server: Server, site: str, state: Path) -> Settings:
 
 
 def test_the_agents_take_turns_and_train_once_for_each_invitation(server: Server, tmp_path: Path) -> None:
-    job = new_job(server, StopRule(max_versions=4), concurrency=1)
+    # the agents tell this machine's load, whatever else it does
+    job = new_job(server, StopRule(max_versions=4), concurrency=1, max_load=1000.0)
     stop = threading.Event()
     trainers = {site: ToyTrainer(0.2) for site in SITES}
     threads = [
