@@ -11,6 +11,7 @@ numpy only. No I/O, no clock, no logging, no torch: everything here is a functio
     gate          what was measured + head -> the version that must not be used
     lineage       the log -> what a version is made of, and each site's share in it
     consent       rule + contributors + answers -> may a version be given away?
+    change        two models -> how far they are apart, by layer
     merge         Merge: folds verified payloads into the model, one at a time
     fedasync, fedbuff, fedavg, server_opt    one algorithm each: data plus functions
     statistics    BatchNorm running mean and variance as a mixture

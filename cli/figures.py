@@ -134,13 +134,14 @@ def metrics(
         by = "the server" if best.who == (SERVER,) else f"the mean of {', '.join(best.who)}"
         line = f"the best is version {best.version}: {best.metric} {best.value:.3f}, by {by}"
         console.print(line, markup=False)
-    console.print(_means(found))
+    console.print(means(found))
     if any(metric in e.per_class for e in found):
         console.print()
         console.print(_by_class(spec, found, metric))
 
 
-def _means(found: list[Evaluation]) -> Table:
+def means(found: list[Evaluation]) -> Table:
+    """Who measured what of one version."""
     names = list(dict.fromkeys(name for e in found for name in e.metrics))
     table = Table("who", "images", *map(escape, names), "measured (UTC)", box=None)
     for e in found:

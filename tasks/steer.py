@@ -166,13 +166,13 @@ def _roll_back(context: Context, job: Job, number: int, reason: str, request: Re
                 f"job {job.id} is closed ({head.closed}): it makes no version any more. To have version {number} "
                 f"used, `fedqueue model promote {job.id} {number}`"
             )
-        if number >= head.version:
-            raise Rejected(f"version {number} is not older than the newest, {head.version}")
         if head.quarantine is not None and number >= head.quarantine.version:
             raise Rejected(
                 f"version {number} is in quarantine, as all from {head.quarantine.version} on are: clear that one, or "
                 f"roll back to one before it, e.g. {head.offered.version}"
             )
+        if number >= head.version:
+            raise Rejected(f"version {number} is not older than the newest, {head.version}")
         version = kept.require()
         refused = decide.stranded(head, number)
         after = transitions.roll_back(job.spec, head, version, refused)

@@ -50,6 +50,7 @@ from tasks.publish import publish_pending
 from tasks.requests import handle
 from tests.factories import client_update, job_spec, payload_of, toy_arrays
 
+NOW = datetime(2026, 5, 1, tzinfo=UTC)
 SITES = ("site-a", "site-b")
 
 POLICIES = {
