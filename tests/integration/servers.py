@@ -227,8 +227,11 @@ def real(folder: Path, rabbitmq: RabbitMQ, redis: RedisServer, s3: Rgw) -> Serve
 
 
 def site_process(server: Server, folder: Path, job: str, seconds: float, **settings: str) -> Server:
-    """The toy agent of site-a as a process of its own, `agent`, with its own account."""
-    values = {"site": "site-a", "site_state": str(folder / "state"), "poll_s": "0.1"}
+    """The toy agent of site-a as a process of its own, `agent`, with its own account; its log goes to `folder`.
+
+    All agents of one server share their state folder: a site has one key for good.
+    """
+    values = {"site": "site-a", "site_state": str(server.folder / "site-a"), "poll_s": "0.1"}
     values |= {"backoff_limit_s": "0.5", **settings}
     environment = server.environment | {env_name(name): value for name, value in values.items()}
     if "site-a" in server.site_urls:

@@ -160,13 +160,13 @@ def deliver_after_an_outage(
     job = f"job-{new_update_id()[-12:]}"
     server.create_job(job_spec(job, stop=StopRule(max_versions=1)))
     site = site_process(server, folder, job, seconds=3.0)
-    outbox = Outbox(folder / "state" / job)
+    outbox = Outbox(server.folder / "site-a" / job)
     try:
         site.start("agent")
         until("training", lambda: "training from version 0" in site.logs())
         assert not list(outbox.waiting())
         with outage(stop, start):
-            until("the agent to try in vain", lambda: " waiting " in site.logs())
+            until("the agent to try in vain", lambda: " waiting " in site.logs().partition(": finished")[2])
             (update,) = outbox.waiting()
             site.kill("agent", signal.SIGKILL)
         assert list(outbox.waiting()) == [update]
