@@ -69,6 +69,8 @@ class Membership:
         if not answer.ok:
             self.refused = "; ".join(answer.errors)
             log.error("%s: the server refused %s: %s", self.what.job, self.what.kind, self.refused)
+        else:
+            log.info("%s: %s", self.what.job, answer.message)
         return True
 
     def _says(self, known: Member) -> bool:

@@ -27,15 +27,22 @@ def join(context: Context, request: Request) -> str:
         raise Rejected(f"job {job.id} is closed: {head.closed}")
     if job.spec.participants is not None and request.who not in job.spec.participants:
         raise Rejected(f"site {request.who} is not among the participants of job {job.id}: ask its owner")
-    if asked.public_key is not None:
-        # a site that joined with a key that does not count could never consent to a release
-        pin_key(context.store, request.who, asked.public_key)
     save_member(
         context.store,
         Member(job=job.id, site=request.who, answer="joined", num_images=asked.num_images, at=request.at),
     )
     start(context, job)
-    return f"joined job {job.id}"
+    return f"joined job {job.id}{_keep_key(context, request.who, asked.public_key)}"
+
+
+def _keep_key(context: Context, site: str, public_key: str | None) -> str:
+    """Pin the key, or say that another one counts: a site that has lost its key may train, and not consent."""
+    try:
+        if public_key is not None:
+            pin_key(context.store, site, public_key)
+    except Rejected as exc:
+        return f"; but its signatures will not count: {exc}"
+    return ""
 
 
 def decline(context: Context, request: Request) -> str:

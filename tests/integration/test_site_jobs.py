@@ -21,7 +21,7 @@ from federation.wire import Delivery, Message
 from producers.agent import SiteAgent
 from producers.fairness import FairShare
 from producers.trainer import Progress, Trainer
-from storage.control import load_member, save_invitation
+from storage.control import load_key, load_member, save_invitation
 from tests.factories import Arrays, job_spec
 from tests.integration.servers import Server, until
 from tests.toy_site import ToyTrained, ToyTrainer
@@ -192,6 +192,8 @@ def test_a_named_job_is_joined_and_the_agent_ends_with_it(server: Server, tmp_pa
         assert answer(server, named).answer == "joined"
         until("the agent to end", lambda: running.status.state == "stopped")
     assert load_member(server.store, other, SITE) is None
+    assert (tmp_path / SITE / "release.key").exists()
+    assert load_key(server.store, SITE) is not None, "the join tells the site's key"
 
 
 def test_a_job_is_announced_while_the_site_runs(server: Server, tmp_path: Path) -> None:

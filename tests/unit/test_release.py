@@ -322,7 +322,7 @@ def test_a_clock_that_is_far_ahead_is_told(worker: Worker, site_keys: dict[str, 
     assert "set this machine's clock" in ask(worker, "site-a", signed(ahead, site_keys["site-a"])).errors[0]
 
 
-def test_the_key_is_that_of_the_join_and_another_one_does_not_join(worker: Worker) -> None:
+def test_the_first_key_counts_and_a_site_that_joins_with_another_is_told(worker: Worker) -> None:
     trained(worker)
     first, second = SigningKey.new(), SigningKey.new()
     for _ in range(2):
@@ -330,13 +330,16 @@ def test_the_key_is_that_of_the_join_and_another_one_does_not_join(worker: Worke
     known = load_key(worker.store, "site-a")
     assert known is not None
     assert known.public_key == first.public_key
-    refused = ask(worker, "site-b", JoinJob(job="toy", num_images=1, public_key=None))
-    assert refused.ok
-    refused = ask(worker, "site-a", JoinJob(job="toy", num_images=7, public_key=second.public_key))
-    assert fingerprint(first.public_key) in refused.errors[0]
+    assert ask(worker, "site-b", JoinJob(job="toy", num_images=1, public_key=None)).ok
+    assert load_key(worker.store, "site-b") is None
+    told = ask(worker, "site-a", JoinJob(job="toy", num_images=7, public_key=second.public_key))
+    assert told.ok
+    assert "will not count" in told.message
+    assert fingerprint(first.public_key) in told.message
+    assert load_key(worker.store, "site-a") == known
     member = load_member(worker.store, "toy", "site-a")
     assert member is not None
-    assert member.num_images == 1
+    assert member.num_images == 7
 
 
 # --- the bundle ----------------------------------------------------------------------------------------------
