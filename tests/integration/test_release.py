@@ -16,6 +16,7 @@ import pytest
 from federation.governance import Card
 from federation.ids import new_update_id
 from federation.jobs import JobSpec
+from federation.keys import site_key as key_of_site
 from federation.requests import AnswerRelease, Consent, JoinJob, Request
 from federation.settings import ENV_PREFIX, env_name
 from federation.signatures import SigningKey, fingerprint
@@ -41,6 +42,10 @@ def run(server: Server, request: pytest.FixtureRequest) -> Run:
         server.commands["evaluate"] = ["cli.main", "worker", "--queue", "evaluate"]
         server.start("evaluate")
     store = server.store
+    for (
+        site
+    ) in SITES:  # the bucket may know the keys that sites of other tests had: what an operator does then
+        store.delete(key_of_site(site))
     accounts: dict[str, Account] = {}
     if isinstance(store, S3Store):
         s3: Rgw = request.getfixturevalue("s3_server")
