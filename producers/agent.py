@@ -143,7 +143,7 @@ class SiteAgent:
                 while not self._stop.is_set() and not self._is_over():
                     self._turn()
             except Stopped:
-                log.info("told to stop")
+                log.info("told to stop in the middle of something, which is dropped")
             finally:
                 self._broker.close()
         refusals = [entry.refusal for entry in self._jobs.entries.values() if entry.refusal is not None]
@@ -205,6 +205,8 @@ class SiteAgent:
         else:
             entry.over = True
         if entry.over and entry.work is not None:
+            if entry.work.closed is not None:
+                log.info("%s: the job is closed: %s", entry.job_id, entry.work.closed)
             self._confirmed += entry.work.confirmed
             entry.work = None
             self._fair.forget(entry.job_id)

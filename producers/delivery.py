@@ -51,7 +51,9 @@ class Courier:
             reach(Point.CONFIRMED)
             self.outbox.confirmed(update)
             self.confirmed += 1
-            log.info("update %s: sent, base version %d", update.update_id, update.base_version)
+            log.info(
+                "%s: update %s: sent, base version %d", update.job, update.update_id, update.base_version
+            )
 
     def republish(self) -> None:
         """Send again what was confirmed long ago and never came up in the log; in the end, wait for it no more."""
@@ -61,11 +63,15 @@ class Courier:
                 continue
             if self._times[update_id] == REPUBLISH_TIMES:
                 log.error(
-                    "update %s: the server never named it; ask its operator for dead letters", update_id
+                    "%s: update %s: the server never named it; ask its operator for dead letters",
+                    *(update.job, update_id),
                 )
                 self.outbox.settle(update_id)
                 continue
-            log.warning("update %s: no word of it for %.0f s, sending it again", update_id, REPUBLISH_AFTER_S)
+            log.warning(
+                "%s: update %s: no word of it for %.0f s, sending it again",
+                *(update.job, update_id, REPUBLISH_AFTER_S),
+            )
             self._publish(update)
             self._times[update_id] += 1
 

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from federation.types import Closed, Head, LogRecord, Published
+from federation.types import Head, LogRecord, Published
 from producers.outbox import Outbox
 from storage.log import VersionLog, refusals
 
@@ -52,14 +52,13 @@ class Follower:
             for contribution in event.merged:
                 if self.outbox.settle(contribution.update.update_id):
                     log.info(
-                        "update %s: merged into version %d, staleness %d, weight %.4f",
-                        *(contribution.update.update_id, contribution.version),
+                        "%s: update %s: merged into version %d, staleness %d, weight %.4f",
+                        *(record.job, contribution.update.update_id, contribution.version),
                         *(contribution.staleness, contribution.weight),
                     )
-        elif isinstance(event, Closed):
-            log.info("%s: the job is closed: %s", record.job, event.reason)
         for refusal in refusals(event):
             if self.outbox.settle(refusal.update.update_id):
                 log.warning(
-                    "update %s: rejected (%s): %s", refusal.update.update_id, refusal.reason, refusal.message
+                    "%s: update %s: rejected (%s): %s",
+                    *(record.job, refusal.update.update_id, refusal.reason, refusal.message),
                 )

@@ -116,6 +116,11 @@ class JobWork:
         return self._courier.confirmed
 
     @property
+    def closed(self) -> str | None:
+        """Why the job is over, as far as the last `tend` knows."""
+        return None if self._head is None else self._head.closed
+
+    @property
     def is_over(self) -> bool:
         """Nothing is left to do, now or later. After `tend`."""
         if self._head is None or self._outbox.sent() or self.waiting:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,6 +10,9 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
+
+import pytest
+from pydantic import SecretStr
 
 from broker.port import Broker, Handler
 from federation.errors import BadDataset
@@ -21,9 +25,14 @@ from federation.wire import Delivery, Message
 from producers.agent import SiteAgent
 from producers.fairness import FairShare
 from producers.trainer import Progress, Trainer
+from storage.access import site_policy
+from storage.blob import BlobStore
 from storage.control import load_key, load_member, save_invitation
+from storage.open import open_store
+from storage.s3 import S3Store
 from tests.factories import Arrays, job_spec
 from tests.integration.servers import Server, until
+from tests.servers.rgw import Account, Rgw
 from tests.toy_site import ToyTrained, ToyTrainer
 
 SITE = "site-a"
@@ -76,6 +85,7 @@ def site(
     name: str = SITE,
     trainers: dict[str, ToyTrainer] | None = None,
     deaf: bool = False,
+    store: BlobStore | None = None,
     **settings: Any,
 ) -> Iterator[Running]:
     """An agent in a thread, stopped at the end. `jobs`: the named ones; without, all that fit its policy."""
@@ -90,7 +100,12 @@ def site(
     values = {"site": name, "site_state": folder / name, "poll_s": 0.1, "backoff_limit_s": 0.5} | settings
     stop = threading.Event()
     agent = SiteAgent(
-        server.site_settings(name).model_copy(update=values), jobs, server.store, connect, trainer_for, stop
+        server.site_settings(name).model_copy(update=values),
+        jobs,
+        store or server.store,
+        connect,
+        trainer_for,
+        stop,
     )
     thread = threading.Thread(target=agent.run)
     thread.start()
@@ -283,6 +298,38 @@ def test_nobody_trains_before_enough_sites_have_joined(server: Server, tmp_path:
         with site(server, tmp_path, name="site-b", site_classes=(thing,)) as second:
             until("the job to close", lambda: is_closed(server, job))
             assert first.trained(job) + second.trained(job) >= 6
+
+
+@pytest.fixture
+def own_store(server: Server, request: pytest.FixtureRequest) -> BlobStore:
+    """What the site's own account at the object store may see of it; a folder has no accounts."""
+    if server.settings.embedded:
+        return server.store
+    s3: Rgw = request.getfixturevalue("s3_server")
+    user = s3.user(Account("site", "site-key", "site-secret"))
+    bucket = server.store
+    assert isinstance(bucket, S3Store)
+    policy = site_policy(server.settings.store_url, {SITE: user.arn}, s3.admin.arn)
+    bucket.set_policy(json.dumps(policy))
+    secrets = {"store_access_key": user.access_key, "store_secret_key": SecretStr(user.secret_key)}
+    return open_store(server.settings.model_copy(update=secrets))
+
+
+def test_the_account_of_a_site_is_enough(server: Server, tmp_path: Path, own_store: BlobStore) -> None:
+    """It is told 403, not 404, of what is not there: its membership, an invitation, an answer."""
+    thing = unique()
+    free, foreign = new_job(server, thing), new_job(server, "another thing")
+    invited = new_job(server, thing, participation=Participation(mode="invited", max_load=1e-9))
+    with site(server, tmp_path, store=own_store, site_classes=(thing,)) as running:
+        until("the free-running one to close", lambda: is_closed(server, free))
+        running.waits("for an invitation")
+        assert [answer(server, job).answer for job in (free, foreign, invited)] == [
+            "joined",
+            "declined",
+            "joined",
+        ]
+        invite(server, invited)
+        until("one update", lambda: running.trained(invited) == 1)
 
 
 @dataclass
