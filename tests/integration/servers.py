@@ -67,6 +67,8 @@ class Server:
         values = {name.removeprefix(ENV_PREFIX).lower(): value for name, value in self.environment.items()}
         if site:
             values["site"] = site
+            # one folder for all tests of a server: it has the key by which the server knows the site
+            values.setdefault("site_state", str(self.folder / "sites" / site))
         if site in self.site_urls:
             values["broker_url"] = self.site_urls[site]
         return Settings.model_validate(values)

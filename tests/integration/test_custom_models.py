@@ -149,7 +149,7 @@ def test_an_image_classifier_is_trained_by_two_sites_until_its_job_closes(
     assert "accuracy" in shown.output
 
 
-def test_a_trainer_of_ones_own_for_a_built_in_detector(server: Server, tmp_path: Path) -> None:
+def test_a_trainer_of_ones_own_for_a_built_in_detector(server: Server) -> None:
     """It rounds half of every weight down; nothing else of the pipeline differs from the built-in training."""
 
     class Halve:
@@ -165,7 +165,7 @@ def test_a_trainer_of_ones_own_for_a_built_in_detector(server: Server, tmp_path:
     )
     arrays = dict(first_weights(spec, None).arrays)
     server.create_job(spec, arrays)
-    settings = site_settings(server, "site-a", tmp_path)
+    settings = site_settings(server, "site-a")
     stop = threading.Event()
     trainer = CustomTraining("halve", Halve())
     agent = SiteAgent(

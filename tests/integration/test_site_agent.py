@@ -6,7 +6,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,8 +32,8 @@ def new_job(server: Server, **changes: object) -> str:
     return name
 
 
-def site_settings(server: Server, site: str, state: Path) -> Settings:
-    return server.site_settings(site).model_copy(update={"site": site, "site_state": state, "poll_s": 0.1})
+def site_settings(server: Server, site: str) -> Settings:
+    return server.site_settings(site).model_copy(update={"poll_s": 0.1})
 
 
 def records(server: Server, job: str) -> list[LogRecord]:
@@ -46,10 +45,10 @@ def merged_ids(server: Server, job: str) -> list[str]:
     return [c.update.update_id for e in events if isinstance(e, Published) for c in e.merged]
 
 
-def run_until_closed(server: Server, job: str, sites: dict[str, ToyTrainer], tmp_path: Path) -> None:
+def run_until_closed(server: Server, job: str, sites: dict[str, ToyTrainer]) -> None:
     stop = threading.Event()
     threads = [
-        threading.Thread(target=agent(site_settings(server, site, tmp_path / site), job, trainer, stop).run)
+        threading.Thread(target=agent(site_settings(server, site), job, trainer, stop).run)
         for site, trainer in sites.items()
     ]
     for thread in threads:
@@ -60,10 +59,10 @@ def run_until_closed(server: Server, job: str, sites: dict[str, ToyTrainer], tmp
         stop.set()
 
 
-def test_two_sites_work_until_the_job_closes(server: Server, tmp_path: Path) -> None:
+def test_two_sites_work_until_the_job_closes(server: Server) -> None:
     job = new_job(server, stop=StopRule(max_versions=12))
     sites = {"site-a": ToyTrainer(0.02), "site-b": ToyTrainer(0.2)}
-    run_until_closed(server, job, sites, tmp_path)
+    run_until_closed(server, job, sites)
     head = server.head(job)
     assert head is not None
     assert head.closed is not None
@@ -72,12 +71,12 @@ def test_two_sites_work_until_the_job_closes(server: Server, tmp_path: Path) -> 
     assert len(ids) == len(set(ids)) == 12
     assert len(sites["site-a"].bases) > len(sites["site-b"].bases) > 0  # nobody waits for the slow one
     for site in sites:
-        assert Outbox(tmp_path / site / job).sent() == []  # every fate is known
+        assert Outbox(site_settings(server, site).site_state / job).sent() == []  # every fate is known
 
 
-def test_staleness_is_counted_from_the_updates_own_base(server: Server, tmp_path: Path) -> None:
+def test_staleness_is_counted_from_the_updates_own_base(server: Server) -> None:
     job = new_job(server, stop=StopRule(max_versions=10))
-    run_until_closed(server, job, {"site-a": ToyTrainer(0.02), "site-b": ToyTrainer(0.4)}, tmp_path)
+    run_until_closed(server, job, {"site-a": ToyTrainer(0.02), "site-b": ToyTrainer(0.4)})
     merged = [c for r in records(server, job) if isinstance(r.event, Published) for c in r.event.merged]
     for number, contribution in enumerate(merged):
         assert contribution.version == number + 1
@@ -98,10 +97,10 @@ def test_the_merged_model_is_what_the_formula_says(server: Server) -> None:
     assert int(arrays["norm.num_batches_tracked"]) == 3
 
 
-def test_fedbuff_sends_differences_and_a_lone_site_fills_the_buffer(server: Server, tmp_path: Path) -> None:
+def test_fedbuff_sends_differences_and_a_lone_site_fills_the_buffer(server: Server) -> None:
     policy = AggregationPolicy(strategy="fedbuff", buffer_size=3)
     job = new_job(server, aggregation=policy, stop=StopRule(max_versions=2))
-    run_until_closed(server, job, {"site-a": ToyTrainer()}, tmp_path)
+    run_until_closed(server, job, {"site-a": ToyTrainer()})
     head = server.head(job)
     assert head is not None
     assert head.version == 2
@@ -109,16 +108,17 @@ def test_fedbuff_sends_differences_and_a_lone_site_fills_the_buffer(server: Serv
     assert 1.0 < arrays["conv.weight"].flat[0] <= 2.0  # two flushes of differences of one, some of them stale
 
 
-def test_what_a_killed_agent_had_finished_is_delivered_by_the_next_one_under_its_id(
-    server: Server, tmp_path: Path
-) -> None:
+def test_what_a_killed_agent_had_finished_is_delivered_by_the_next_one_under_its_id(server: Server) -> None:
     job = new_job(server, stop=StopRule(max_versions=1))
     payload = payload_of(toy_arrays(1.0))
     update = client_update(payload, job=job)
-    Outbox(tmp_path / job).put(update, payload)  # as the agent leaves it when it is killed before the upload
+    settings = site_settings(server, "site-a")
+    Outbox(settings.site_state / job).put(
+        update, payload
+    )  # as the agent leaves it when it is killed before the upload
     stop = threading.Event()
     trainer = ToyTrainer()
-    thread = threading.Thread(target=agent(site_settings(server, "site-a", tmp_path), job, trainer, stop).run)
+    thread = threading.Thread(target=agent(settings, job, trainer, stop).run)
     thread.start()
     until("the agent to end", lambda: not thread.is_alive())
     assert merged_ids(server, job) == [update.update_id]
@@ -135,10 +135,10 @@ class TroubledTrainer(ToyTrainer):
         return trained
 
 
-def test_a_failed_training_sends_nothing_and_is_tried_again(server: Server, tmp_path: Path) -> None:
+def test_a_failed_training_sends_nothing_and_is_tried_again(server: Server) -> None:
     job = new_job(server, stop=StopRule(max_versions=2))
     trainer = TroubledTrainer()
-    run_until_closed(server, job, {"site-a": trainer}, tmp_path)
+    run_until_closed(server, job, {"site-a": trainer})
     assert trainer.bases == [0, 0, 1, 1]
     assert len(merged_ids(server, job)) == 2
 
@@ -164,7 +164,7 @@ class MeasuringTrainer(ToyTrainer):
         )
 
 
-def test_sites_report_what_they_measured_of_the_same_versions(server: Server, tmp_path: Path) -> None:
+def test_sites_report_what_they_measured_of_the_same_versions(server: Server) -> None:
     policy = EvaluationPolicy(sites_every=3, metric="mean weight")
     job = new_job(server, stop=StopRule(max_versions=7), evaluation=policy)
     images = {"site-a": 3, "site-b": 9}
@@ -172,7 +172,6 @@ def test_sites_report_what_they_measured_of_the_same_versions(server: Server, tm
         server,
         job,
         {site: MeasuringTrainer(0.02, num_validation_images=n) for site, n in images.items()},
-        tmp_path,
     )
 
     def found() -> list[Evaluation]:

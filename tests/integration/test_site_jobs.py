@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -80,7 +79,6 @@ class Running:
 @contextmanager
 def site(
     server: Server,
-    folder: Path,
     *jobs: str,
     name: str = SITE,
     trainers: dict[str, ToyTrainer] | None = None,
@@ -97,7 +95,7 @@ def site(
     def connect() -> Broker:
         return Deaf(server.as_site(name)) if deaf else server.as_site(name)
 
-    values = {"site": name, "site_state": folder / name, "poll_s": 0.1, "backoff_limit_s": 0.5} | settings
+    values = {"poll_s": 0.1, "backoff_limit_s": 0.5} | settings
     stop = threading.Event()
     agent = SiteAgent(
         server.site_settings(name).model_copy(update=values),
@@ -154,7 +152,7 @@ class Recording(FairShare):
         super().charge(job, seconds)
 
 
-def test_two_jobs_get_equal_time_of_one_site(server: Server, tmp_path: Path) -> None:
+def test_two_jobs_get_equal_time_of_one_site(server: Server) -> None:
     """As long as both could train at any time, their times differ by no more than the longest training of each."""
     thing = unique()
     jobs = [
@@ -162,7 +160,7 @@ def test_two_jobs_get_equal_time_of_one_site(server: Server, tmp_path: Path) -> 
         for _ in range(2)
     ]
     trainers = {jobs[0]: ToyTrainer(0.02), jobs[1]: ToyTrainer(0.08)}
-    with site(server, tmp_path, trainers=trainers, site_classes=(thing,)) as running:
+    with site(server, trainers=trainers, site_classes=(thing,)) as running:
         running.agent._fair = record = Recording()
         until("both jobs to close", lambda: all(is_closed(server, job) for job in jobs))
     assert [answer(server, job).answer for job in jobs] == ["joined", "joined"]
@@ -180,7 +178,7 @@ class Unfit(ToyTrainer):
         raise BadDataset("frames/mrs-miller.jpg: cannot be read as an image")
 
 
-def test_a_job_that_does_not_fit_is_declined_and_the_others_go_on(server: Server, tmp_path: Path) -> None:
+def test_a_job_that_does_not_fit_is_declined_and_the_others_go_on(server: Server) -> None:
     thing = unique()
     foreign, large, unfit, good = (
         new_job(server, "another thing"),
@@ -188,7 +186,7 @@ def test_a_job_that_does_not_fit_is_declined_and_the_others_go_on(server: Server
         new_job(server, thing),
         new_job(server, thing),
     )
-    with site(server, tmp_path, trainers={unfit: Unfit()}, site_classes=(thing,)):
+    with site(server, trainers={unfit: Unfit()}, site_classes=(thing,)):
         until("the good one to close", lambda: is_closed(server, good))
         declined = answer(server, foreign), answer(server, unfit)
     assert [member.answer for member in declined] == ["declined", "declined"]
@@ -199,10 +197,10 @@ def test_a_job_that_does_not_fit_is_declined_and_the_others_go_on(server: Server
     assert load_member(server.store, large, SITE) is None, "it names its participants, and we are none"
 
 
-def test_a_named_job_is_joined_and_the_agent_ends_with_it(server: Server, tmp_path: Path) -> None:
+def test_a_named_job_is_joined_and_the_agent_ends_with_it(server: Server) -> None:
     thing = unique()
     named, other = new_job(server, thing), new_job(server, thing)
-    with site(server, tmp_path, named) as running:
+    with site(server, named) as running:
         until("the named one to close", lambda: is_closed(server, named))
         assert answer(server, named).answer == "joined"
         until("the agent to end", lambda: running.status.state == "stopped")
@@ -211,31 +209,31 @@ def test_a_named_job_is_joined_and_the_agent_ends_with_it(server: Server, tmp_pa
     assert load_key(server.store, SITE) is not None, "the join tells the site's key"
 
 
-def test_a_job_is_announced_while_the_site_runs(server: Server, tmp_path: Path) -> None:
+def test_a_job_is_announced_while_the_site_runs(server: Server) -> None:
     thing = unique()
-    with site(server, tmp_path, site_classes=(thing,)):
+    with site(server, site_classes=(thing,)):
         first = new_job(server, thing)
         until("the first to close", lambda: is_closed(server, first))
         second = new_job(server, thing)
         until("the second to close", lambda: is_closed(server, second))
 
 
-def test_a_site_that_hears_nothing_catches_up_from_the_store(server: Server, tmp_path: Path) -> None:
+def test_a_site_that_hears_nothing_catches_up_from_the_store(server: Server) -> None:
     """It was away when one job was announced, and loses every control message from then on."""
     thing = unique()
     before = new_job(server, thing)
     server.as_site(SITE).drain(f"fed.ctl.{SITE}")
-    with site(server, tmp_path, deaf=True, site_classes=(thing,)):
+    with site(server, deaf=True, site_classes=(thing,)):
         until("the old one to close", lambda: is_closed(server, before))
         after = new_job(server, thing)
         until("the new one to close", lambda: is_closed(server, after))
     assert answer(server, before).answer == answer(server, after).answer == "joined"
 
 
-def test_a_paused_job_is_not_trained_until_it_is_resumed(server: Server, tmp_path: Path) -> None:
+def test_a_paused_job_is_not_trained_until_it_is_resumed(server: Server) -> None:
     thing = unique()
     job = new_job(server, thing, stop=StopRule(max_versions=1000))
-    with site(server, tmp_path, site_classes=(thing,)) as running:
+    with site(server, site_classes=(thing,)) as running:
         until("some work", lambda: running.trained(job) > 1)
         assert server.answer(server.ask(SteerJob(job=job, action="pause", reason="stocktaking"))).ok
         running.waits("paused by server: stocktaking")
@@ -259,7 +257,7 @@ def invite(server: Server, job: str, seconds: float = 600) -> None:
     )
 
 
-def test_an_invitation_makes_one_update(server: Server, tmp_path: Path) -> None:
+def test_an_invitation_makes_one_update(server: Server) -> None:
     # no site is so idle, so the server invites nobody by itself
     participation = Participation(mode="invited", max_load=1e-9)
     thing = unique()
@@ -270,7 +268,7 @@ def test_an_invitation_makes_one_update(server: Server, tmp_path: Path) -> None:
         assert head is not None
         return head.version
 
-    with site(server, tmp_path, site_classes=(thing,)) as running:
+    with site(server, site_classes=(thing,)) as running:
         running.waits("for an invitation")
         invite(server, job, seconds=-1)
         answer(server, job)
@@ -279,7 +277,7 @@ def test_an_invitation_makes_one_update(server: Server, tmp_path: Path) -> None:
         until("the update to be merged", lambda: version() == 1)
         running.waits("for an invitation")
         assert running.trained(job) == 1
-    with site(server, tmp_path, site_classes=(thing,)) as again:  # the invitation is still good
+    with site(server, site_classes=(thing,)) as again:  # the invitation is still good
         again.waits("for an invitation")
         assert again.trained(job) == 0
         invite(server, job)
@@ -288,14 +286,14 @@ def test_an_invitation_makes_one_update(server: Server, tmp_path: Path) -> None:
         assert again.trained(job) == 1
 
 
-def test_nobody_trains_before_enough_sites_have_joined(server: Server, tmp_path: Path) -> None:
+def test_nobody_trains_before_enough_sites_have_joined(server: Server) -> None:
     thing = unique()
     job = new_job(server, thing, participation=Participation(min_sites=2), stop=StopRule(max_versions=6))
-    with site(server, tmp_path, site_classes=(thing,)) as first:
+    with site(server, site_classes=(thing,)) as first:
         assert answer(server, job).answer == "joined"
         first.waits("waiting for sites: 2 must join first")
         assert first.trained(job) == 0
-        with site(server, tmp_path, name="site-b", site_classes=(thing,)) as second:
+        with site(server, name="site-b", site_classes=(thing,)) as second:
             until("the job to close", lambda: is_closed(server, job))
             assert first.trained(job) + second.trained(job) >= 6
 
@@ -315,12 +313,12 @@ def own_store(server: Server, request: pytest.FixtureRequest) -> BlobStore:
     return open_store(server.settings.model_copy(update=secrets))
 
 
-def test_the_account_of_a_site_is_enough(server: Server, tmp_path: Path, own_store: BlobStore) -> None:
+def test_the_account_of_a_site_is_enough(server: Server, own_store: BlobStore) -> None:
     """It is told 403, not 404, of what is not there: its membership, an invitation, an answer."""
     thing = unique()
     free, foreign = new_job(server, thing), new_job(server, "another thing")
     invited = new_job(server, thing, participation=Participation(mode="invited", max_load=1e-9))
-    with site(server, tmp_path, store=own_store, site_classes=(thing,)) as running:
+    with site(server, store=own_store, site_classes=(thing,)) as running:
         until("the free-running one to close", lambda: is_closed(server, free))
         running.waits("for an invitation")
         assert [answer(server, job).answer for job in (free, foreign, invited)] == [
@@ -355,12 +353,12 @@ class Patient(ToyTrainer):
         return super().train(spec, weights, base_version=base_version, on_progress=on_progress, **more)
 
 
-def test_training_from_a_version_that_is_rolled_back_is_dropped(server: Server, tmp_path: Path) -> None:
+def test_training_from_a_version_that_is_rolled_back_is_dropped(server: Server) -> None:
     thing = unique()
     job = new_job(server, thing, stop=StopRule(max_versions=1000))
     trainer = Patient()
     trainer.go.set()
-    with site(server, tmp_path, trainers={job: trainer}, site_classes=(thing,)):
+    with site(server, trainers={job: trainer}, site_classes=(thing,)):
         until("some versions", lambda: len(trainer.bases) > 2)
         trainer.go.clear()
         until("a training that lasts", lambda: trainer.at_work > 0)
