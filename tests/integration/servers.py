@@ -20,6 +20,7 @@ from broker.port import Broker
 from federation.errors import NotFound
 from federation.ids import new_update_id
 from federation.jobs import JobSpec
+from federation.keys import SITES_PREFIX
 from federation.requests import Answer, Request, SubmitJob, What
 from federation.settings import ENV_PREFIX, Settings, env_name
 from federation.types import SERVER, ClientUpdate, Head
@@ -187,6 +188,9 @@ def running(server: Server) -> Iterator[Server]:
     """Started, and stopped at the end; the logs are shown if a test failed."""
     create_bucket(server.settings)
     declare(server.settings, SITES)
+    store = server.store
+    for key in list(store.list(SITES_PREFIX)):  # one bucket serves all modules, and each has new sites
+        store.delete(key)
     for name in server.commands:
         server.start(name)
     try:
@@ -229,11 +233,9 @@ def real(folder: Path, rabbitmq: RabbitMQ, redis: RedisServer, s3: Rgw) -> Serve
 
 
 def site_process(server: Server, folder: Path, job: str, seconds: float, **settings: str) -> Server:
-    """The toy agent of site-a as a process of its own, `agent`, with its own account; its log goes to `folder`.
-
-    All agents of one server share their state folder: a site has one key for good.
-    """
-    values = {"site": "site-a", "site_state": str(server.folder / "site-a"), "poll_s": "0.1"}
+    """The toy agent of site-a as a process of its own, `agent`, with its own account; its log goes to `folder`."""
+    state = server.site_settings("site-a").site_state
+    values = {"site": "site-a", "site_state": str(state), "poll_s": "0.1"}
     values |= {"backoff_limit_s": "0.5", **settings}
     environment = server.environment | {env_name(name): value for name, value in values.items()}
     if "site-a" in server.site_urls:

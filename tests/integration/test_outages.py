@@ -160,7 +160,7 @@ def deliver_after_an_outage(
     job = f"job-{new_update_id()[-12:]}"
     server.create_job(job_spec(job, stop=StopRule(max_versions=1)))
     site = site_process(server, folder, job, seconds=3.0)
-    outbox = Outbox(server.folder / "site-a" / job)
+    outbox = Outbox(server.site_settings("site-a").site_state / job)
     try:
         site.start("agent")
         until("training", lambda: "training from version 0" in site.logs())
@@ -197,7 +197,7 @@ def test_update_finished_while_the_store_is_down(deployment: Deployment, tmp_pat
 
 @real_only
 def test_long_training_outlives_the_brokers_patience(
-    deployment: Deployment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    deployment: Deployment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Two trainings of several heartbeat intervals: a connection that was kept meanwhile is dead, ours is new."""
     monkeypatch.setattr(broker.rabbitmq, "PUBLISH_HEARTBEAT_S", 1)
@@ -213,7 +213,7 @@ def test_long_training_outlives_the_brokers_patience(
     server = deployment.server
     job = f"job-{new_update_id()[-12:]}"
     server.create_job(job_spec(job, stop=StopRule(max_versions=2)))
-    settings = server.site_settings("site-a").model_copy(update={"site_state": tmp_path, "poll_s": 0.1})
+    settings = server.site_settings("site-a").model_copy(update={"poll_s": 0.1})
     parameters = pika.URLParameters(server.site_urls["site-a"])
     parameters.heartbeat = 1
     kept = pika.BlockingConnection(parameters)

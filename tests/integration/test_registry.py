@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 
 import numpy as np
 
@@ -165,15 +164,13 @@ class MeasuringTrainer(ToyTrainer):
         return Measured({"mean weight": mean}, {}, self.num_validation_images)
 
 
-def test_agents_train_until_a_target_is_reached(server: Server, tmp_path: Path) -> None:
+def test_agents_train_until_a_target_is_reached(server: Server) -> None:
     policy = EvaluationPolicy(sites_every=2, metric="mean weight")
     job = new_job(server, evaluation=policy, stop=StopRule(max_versions=10_000, target=1.5))
     stop = threading.Event()
     threads = []
     for site in (A, B):
-        settings = server.site_settings(site).model_copy(
-            update={"site": site, "site_state": tmp_path / site, "poll_s": 0.1}
-        )
+        settings = server.site_settings(site).model_copy(update={"poll_s": 0.1})
         threads.append(threading.Thread(target=agent(settings, job, MeasuringTrainer(0.05), stop).run))
     for thread in threads:
         thread.start()

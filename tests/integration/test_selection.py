@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -94,18 +93,18 @@ def invitations(server: Server, job: str) -> dict[str, Invitation]:
     return {invitation.site: invitation for invitation in list_invitations(server.store, job)}
 
 
-def site_settings(server: Server, site: str, state: Path) -> Settings:
-    quick = {"site": site, "site_state": state, "poll_s": 0.1, "heartbeat_s": 0.5}
+def site_settings(server: Server, site: str) -> Settings:
+    quick = {"poll_s": 0.1, "heartbeat_s": 0.5}
     return server.site_settings(site).model_copy(update=quick)
 
 
-def test_the_agents_take_turns_and_train_once_for_each_invitation(server: Server, tmp_path: Path) -> None:
+def test_the_agents_take_turns_and_train_once_for_each_invitation(server: Server) -> None:
     # the agents tell this machine's load, whatever else it does
     job = new_job(server, StopRule(max_versions=4), concurrency=1, max_load=1000.0)
     stop = threading.Event()
     trainers = {site: ToyTrainer(0.2) for site in SITES}
     threads = [
-        threading.Thread(target=agent(site_settings(server, site, tmp_path / site), job, trainer, stop).run)
+        threading.Thread(target=agent(site_settings(server, site), job, trainer, stop).run)
         for site, trainer in trainers.items()
     ]
     for thread in threads:

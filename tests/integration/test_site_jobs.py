@@ -205,7 +205,7 @@ def test_a_named_job_is_joined_and_the_agent_ends_with_it(server: Server) -> Non
         assert answer(server, named).answer == "joined"
         until("the agent to end", lambda: running.status.state == "stopped")
     assert load_member(server.store, other, SITE) is None
-    assert (tmp_path / SITE / "release.key").exists()
+    assert (server.site_settings(SITE).site_state / "release.key").exists()
     assert load_key(server.store, SITE) is not None, "the join tells the site's key"
 
 
