@@ -111,7 +111,6 @@ class Deployment:
                 "channel": self.channel,
                 "previous": current.version,
                 "metrics": self._metrics(meant.version),
-                "deployed_at": datetime.now(UTC),
             }
             return self._swap(name, manifest.model_copy(update=newer))
 
@@ -182,9 +181,10 @@ class Deployment:
         return self._swap(name, manifest)
 
     def _swap(self, name: str, manifest: Manifest) -> Outcome:
-        self.folder.describe(name, manifest)
+        now = manifest.model_copy(update={"deployed_at": datetime.now(UTC)})
+        self.folder.describe(name, now)
         self.folder.swap(name)
-        return self._judge(manifest)
+        return self._judge(now)
 
     def _judge(self, manifest: Manifest) -> Outcome:
         """Let the site's own command judge what `current` leads to now; back to the one before if it says no."""
