@@ -48,17 +48,19 @@ class Processes:
                 tail = "\n".join((self.logs / f"{name}.log").read_text(errors="replace").splitlines()[-15:])
                 raise Fatal(f"process {name} ended with status {process.returncode}; its last words:\n{tail}")
 
+    def end(self, name: str) -> None:
+        """Stop one of them; it may be started again."""
+        process = self._running.pop(name)
+        process.send_signal(signal.SIGTERM)
+        _await_end(process)
+
     def stop(self) -> None:
         """SIGTERM, then SIGKILL to the whole group of what does not end."""
         for process in self._running.values():
             if process.poll() is None:
                 process.send_signal(signal.SIGTERM)
         for process in self._running.values():
-            try:
-                process.wait(timeout=25)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+            _await_end(process)
         for file in self._files:
             file.close()
 
@@ -71,3 +73,11 @@ class Processes:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.stop()
+
+
+def _await_end(process: subprocess.Popen[bytes]) -> None:
+    try:
+        process.wait(timeout=25)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()

@@ -136,10 +136,10 @@ class Story:
         stage.run(operator, "site show company-c", says="declined")
 
     def night_is_invited(self) -> None:
-        stage, a = self.stage, self.cast.a
+        stage, a, operator = self.stage, self.cast.a, self.cast.operator
         stage.act(4, "A's job invites one site at a time")
         stage.until("the end of night", lambda: self.head(NIGHT).closed)
-        stage.run(a, "job invitations night", says="company-b")
+        stage.run(operator, "job invitations night", says="company-b")
         stage.run(a, "job history night", says="v4 published", last=6)
 
     def c_is_offline(self) -> None:
@@ -154,7 +154,7 @@ class Story:
         stage.until("C's next update", lambda: self.bases_of(c.name, since=newest))
         base = self.bases_of(c.name, since=newest)[0]
         stage.tell(f"C has read what it missed and trained from version {base}; it asked nobody.")
-        stage.run(c, "site show company-c", says="joined")
+        stage.run(self.cast.operator, "site show company-c", says="joined", last=8)
 
     def versions_are_a_registry(self) -> None:
         stage, b = self.stage, self.cast.b
@@ -219,7 +219,7 @@ class Story:
         stage, cast = self.stage, self.cast
         stage.act(10, "What travelled, and what stayed at home")
         stage.run(cast.b, "job status street", says="company-c")
-        stage.run(cast.b, "job metrics street", says="company-c", last=5)
+        stage.run(cast.operator, "job metrics street", says="company-c", last=5)
 
     # --- what is waited for --------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""`make servers`: RabbitMQ, Redis and an S3 server with accounts for a server and three sites, until Ctrl-C.
+"""`make servers`: RabbitMQ, Redis and an S3 server with accounts for a server and some sites, until Ctrl-C.
 
 Writes a settings file for each into --out, which FEDQUEUE_CONFIG names:
 
@@ -23,7 +23,8 @@ from tests.servers.rabbitmq import RabbitMQ
 from tests.servers.redis import RedisServer
 from tests.servers.rgw import Account, Rgw
 
-SITES = ("north", "harbour", "market", "site-a", "site-b", "site-c")
+COMPANIES = ("company-a", "company-b", "company-c")
+SITES = ("north", "harbour", "market", "site-a", "site-b", "site-c", *COMPANIES)
 BUCKET = "fedqueue"
 
 
