@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from cli.initial import first_weights
+from cli.main import app
 from federation.errors import BadDataset, BadJob, BadPayload, BadSettings
 from federation.jobs import EvaluationPolicy, TrainingPlan
 from producers.custom_trainer import CustomMeasured, CustomTrained, CustomTraining, TrainerFailed
@@ -210,3 +212,16 @@ def test_a_trainer_is_found_by_import_path(monkeypatch: pytest.MonkeyPatch) -> N
     }.items():
         with pytest.raises(BadSettings, match=error):
             CustomTraining.from_settings(name)
+
+
+def test_a_site_with_a_trainer_of_its_own_says_which_jobs_it_is_for(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    module = types.ModuleType("company_training")
+    vars(module).update(Trainer=Trainer)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    monkeypatch.chdir(tmp_path)
+    environment = {"FEDQUEUE_TRAINER": "company_training:Trainer", "FEDQUEUE_SITE_NICE": "0"}
+    result = CliRunner().invoke(app, ["site", "run", "--site", "north"], env=environment)
+    assert result.exit_code == 1
+    assert "set FEDQUEUE_SITE_CLASSES, or name the jobs with --job" in result.output
