@@ -66,18 +66,19 @@ class Account:
 def accounts(records: Iterable[LogRecord]) -> dict[str, Account]:
     """By site, sorted; of sites that have sent anything."""
     result: dict[str, Account] = defaultdict(Account)
+    waited: set[str] = set()  # ids that were pending before the record
     for record in records:
         event = record.event
-        # every update of the log was either accepted or refused at first, once
         if isinstance(event, Accepted):
             result[event.contribution.update.site]._sent(event.contribution.update)
-        elif isinstance(event, Refused):
+        elif isinstance(event, Refused) and event.refusal.update.update_id not in waited:
             result[event.refusal.update.site]._sent(event.refusal.update)
         elif isinstance(event, Published):
             for contribution in event.merged:
                 result[contribution.update.site]._merged(contribution, record.at)
         for refusal in refusals(event):
             result[refusal.update.site].rejected += 1
+        waited = {contribution.update.update_id for contribution in record.head.pending}
     return dict(sorted(result.items()))
 
 

@@ -17,6 +17,7 @@ from storage.metered import MeteredStore
 from storage.models import save_model
 from storage.tensors import from_arrays
 from tasks.accept import accept
+from tasks.closing import close
 from tasks.context import Context
 from tasks.jobs import create
 from tasks.publish import publish_pending
@@ -127,3 +128,11 @@ def test_a_metered_store_counts_what_was_read_since_the_last_look(tmp_path: Path
         store.get_to_file("a", tmp_path / "x", nbytes=5, sha256="0" * 64)
     assert store.take() == 5 + ref.nbytes
     assert store.take() == 0
+
+
+def test_what_waits_when_the_job_is_closed_was_sent_once(job: Job) -> None:
+    waiting = job.send("site-a", Transfer(downloaded_bytes=70, image_bytes=900))
+    close(job.context, job.job, "enough")
+    a = job.accounts()["site-a"]
+    assert (a.merged, a.rejected, a.uploaded_bytes) == (0, 1, size(waiting))
+    assert (a.downloaded_bytes, a.image_bytes, a.untold) == (70, 900, 0)
