@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from cli.show import show
 from cli.versions import number_of, stored_versions
 from federation.errors import FedqueueError, NotFound
 from storage.channels import CHANNELS, LATEST
+from storage.files import replace_durably
 from storage.jobs import list_evaluations, load_job
 from storage.log import VersionLog
 from storage.models import load_full_model
@@ -97,9 +97,9 @@ def pull(
             the_job = load_job(store, job)
             current = VersionLog(store, job).version(number_of(store, job, version))
             data = encode(load_full_model(store, the_job, current.model))
+        replace_durably(out, data)
     except FedqueueError as exc:
         fail(exc)
-    temporary = out.with_name(f"{out.name}.part")
-    temporary.write_bytes(data)
-    os.replace(temporary, out)
+    except OSError as exc:
+        fail(f"{out} cannot be written: {exc}")
     console.print(f"version {current.version}: {out}, {len(data)} bytes")

@@ -10,7 +10,7 @@ from cli.asking import WaitS, ask
 from cli.options import BrokerUrl, JobArgument, StoreUrl, fail, load
 from cli.versions import Wanted, number_of
 from federation.errors import FedqueueError
-from federation.requests import SteerModel
+from federation.requests import MAX_REASON, SteerModel
 from storage.open import open_store
 
 Why = Annotated[
@@ -74,8 +74,8 @@ def _steer(
     broker_url: str | None,
     store_url: str | None,
 ) -> None:
-    if len(reason) > 200:
-        fail("--reason: at most 200 characters")
+    if len(reason) > MAX_REASON:
+        fail(f"--reason: at most {MAX_REASON} characters")
     settings = load(broker_url=broker_url, store_url=store_url)
     try:
         store = open_store(settings)

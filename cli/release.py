@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from aggregator.consent import Standing, judge
 from aggregator.lineage import lineage
 from cli.asking import WaitS, ask
-from cli.options import BrokerUrl, JobArgument, StoreUrl, console, fail, load
+from cli.options import BrokerUrl, JobArgument, StoreUrl, console, fail, load, printable
 from cli.release_check import Checked, check
 from federation import keys
 from federation.errors import FedqueueError, NotFound
 from federation.governance import Card
 from federation.jobs import Job
-from federation.requests import AnswerRelease, Consent, ProposeRelease
+from federation.requests import MAX_REASON, AnswerRelease, Consent, ProposeRelease
 from federation.settings import Settings, env_name
 from federation.signatures import fingerprint, is_fingerprint
 from storage.blob import BlobStore
@@ -81,13 +82,14 @@ def propose(
 
     Example: fedqueue release propose street best --purpose "pilot at the city of Graz, until June"
     """
+    purpose = _short("purpose", purpose.strip())
     settings = load(site=site, broker_url=broker_url, store_url=store_url)
     try:
         store = open_store(settings)
         number = _number(store, job, version)
     except FedqueueError as exc:
         fail(exc)
-    ask(settings, store, ProposeRelease(job=job, version=number, purpose=purpose.strip()[:200]), wait_s)
+    ask(settings, store, ProposeRelease(job=job, version=number, purpose=purpose), wait_s)
 
 
 @app.command("list")
@@ -121,7 +123,7 @@ def list_proposals(
                             _minute(release.proposal.at),
                             stage,
                             _our_answer(release, settings.site),
-                            release.proposal.purpose,
+                            escape(printable(release.proposal.purpose)),
                         )
     except FedqueueError as exc:
         fail(exc)
@@ -244,8 +246,7 @@ def _answer(
         fail(
             "only a site answers, and only for itself: --site or FEDQUEUE_SITE, on the machine that has its key"
         )
-    if len(reason) > 200:
-        fail(f"the reason has {len(reason)} characters, at most 200 are kept")
+    _short("reason", reason)
     from producers.site_key import site_key
 
     try:
@@ -379,6 +380,7 @@ def _tell(folder: Path, checked: Checked) -> None:
     if checked.problems or checked.card is None:
         fail(f"{folder} is not what was released: " + "; ".join(checked.problems))
     card: Card = checked.card
+    _say(f"for the purpose: {card.purpose or 'none was stated'}")
     _say(
         f"{folder}: {card.job} version {card.version}, sha256 {card.file_sha256[:PRINTED]}…: every file is whole, "
         f"and {card.approved} of {card.contributors} contributors approved"
@@ -425,5 +427,12 @@ def _our_answer(release: Release, site: str | None) -> str:
     return answer.consent.consent().answer if answer is not None else ""
 
 
+def _short(what: str, text: str) -> str:
+    """`text`, which is signed or recorded as it is, never cut. Exits if it is too long."""
+    if len(text) > MAX_REASON:
+        fail(f"--{what}: {len(text)} characters, at most {MAX_REASON} can be recorded")
+    return text
+
+
 def _say(line: str) -> None:
-    console.print(line, markup=False, highlight=False, soft_wrap=True)
+    console.print(printable(line), markup=False, highlight=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from aggregator.lineage import Lineage, lineage
 from cli.figures import Figures, means
-from cli.options import JobArgument, StoreUrl, chosen_store, console, fail
+from cli.options import JobArgument, StoreUrl, chosen_store, console, fail, printable
 from cli.versions import Made, Wanted, number_of, stored_versions
 from federation.errors import FedqueueError, NotFound
 from federation.types import Cleared, LogRecord, Promoted, Quarantined, RolledBack
@@ -63,7 +63,7 @@ def _facts(made: dict[int, Made], number: int, is_kept: bool) -> Iterator[str]:
     event, stored = this.record.event, this.stored
     yield f"made      {this.record.at:%Y-%m-%d %H:%M:%S} UTC, log record {this.record.seq}"
     if isinstance(event, RolledBack):
-        why = f": {event.reason}" if event.reason else ""
+        why = f": {printable(event.reason)}" if event.reason else ""
         yield f"from      version {event.to}, by a rollback of {event.by}{why}"
     elif this.parent is not None:
         yield f"from      version {this.parent}, with {len(this.merged)} updates"

@@ -20,7 +20,9 @@ from federation.jobs import MAX_VERSION, ModelRef
 
 PublicKey = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="Ed25519, RFC 8032, hexadecimal")]
 Signature = Annotated[str, Field(pattern=r"^[0-9a-f]{128}$", description="Ed25519, RFC 8032, hexadecimal")]
-Reason = Annotated[str, Field(max_length=200)]
+MAX_REASON = 200
+"""Characters of a reason, or a purpose."""
+Reason = Annotated[str, Field(max_length=MAX_REASON)]
 MAX_SIGNED = 4000
 """Characters of a Consent as JSON."""
 

@@ -695,6 +695,7 @@ def test_the_commands_that_only_read(site_keys: dict[str, SigningKey], tmp_path:
     fetched = run("fetch", "toy", str(version), "--out", str(tmp_path / "out"))
     assert fetched.startswith("0"), fetched
     assert "no ONNX file" in fetched
+    assert "for the purpose: a pilot" in fetched
     assert "not an empty folder" in run("fetch", "toy", str(version), "--out", str(tmp_path / "out"))
     assert json.loads((tmp_path / "out" / "card.json").read_text())["version"] == version
     worker.broker.close()
@@ -713,3 +714,27 @@ def test_an_operator_is_told_that_a_site_answers(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 1
     assert "only a site answers" in result.output
+
+
+def test_what_others_wrote_is_shown_as_text(site_keys: dict[str, SigningKey], tmp_path: Path) -> None:
+    worker = Worker(FolderStore(tmp_path / "store"), tmp_path)  # type: ignore[arg-type]
+    version = trained(worker)
+    propose(worker, version, "[/x] \x1b[2J[red]for all")
+    lines = "contract\nsite-b approved at 2026-03-01 12:00 UTC"
+    refused = signed(consent(worker, version, "refuse", reason=lines), site_keys["site-a"])
+    assert ask(worker, "site-a", refused).ok
+    at = ["--store-url", f"file:{tmp_path / 'store'}"]
+    for words in (["list"], ["show", "toy", str(version)]):
+        shown = CliRunner().invoke(app, ["release", *words, *at], env={"COLUMNS": "200"})
+        assert shown.exit_code == 0, shown.output
+        assert "[/x] \N{REPLACEMENT CHARACTER}[2J[red]for all" in shown.output
+        assert "\x1b" not in shown.output
+        assert "\nsite-b approved" not in shown.output
+    worker.broker.close()
+
+
+def test_a_purpose_is_never_cut(tmp_path: Path) -> None:
+    command = ["release", "propose", "toy", "3", "--purpose", "x" * 201, "--store-url", f"file:{tmp_path}"]
+    result = CliRunner().invoke(app, command, env={"COLUMNS": "200"})
+    assert result.exit_code == 1
+    assert "201 characters, at most 200" in result.output
