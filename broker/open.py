@@ -35,7 +35,10 @@ def connect(settings: Settings, keep_open: bool = False, *, server: bool = False
     url = settings.broker_url.get_secret_value()
     if settings.embedded:
         return SqliteBroker(
-            url.removeprefix(SQLITE_PREFIX), lease_s=settings.lease_s, delivery_limit=settings.delivery_limit
+            url.removeprefix(SQLITE_PREFIX),
+            lease_s=settings.lease_s,
+            delivery_limit=settings.delivery_limit,
+            site=None if server else settings.site,
         )
     redeclare = partial(_declare, settings.delivery_limit, ()) if server else None
     name = f"fedqueue site {settings.site}" if settings.site else "fedqueue server"

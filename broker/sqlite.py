@@ -40,20 +40,22 @@ class SqliteBroker:
         lease_s: float = LEASE_S,
         delivery_limit: int = topology.DELIVERY_LIMIT,
         requeue_backoff_s: tuple[float, float] = REQUEUE_BACKOFF_S,
+        site: str | None = None,
     ) -> None:
         """`lease_s`: how long a message stays with a consumer that shows no sign of life. `delivery_limit` is
-        for the file that this creates; `declare` changes that of an existing one.
+        for the file that this creates; `declare` changes that of an existing one. `site`: who uses it, and gets a
+        control queue, because nobody enrols sites in a file.
         """
         self._path = Path(path)
         self._lease_s = lease_s
         self._delivery_limit = delivery_limit
         self._requeue_backoff_s = requeue_backoff_s
+        self._site = site
         self._queue: LeaseQueue | None = None
 
     def declare(self, sites: Sequence[str] = ()) -> None:
         """Create the topology and the control queues of `sites`; again changes nothing but the limits."""
-        specs = topology.queues(self._delivery_limit)
-        self._file().declare((*specs, *(topology.site_queue(site) for site in sites)))
+        self._file().declare((*self._specs(), *(topology.site_queue(site) for site in sites)))
 
     def publish(self, exchange: str, message: Message) -> None:
         self._file().publish(exchange, message)
@@ -121,7 +123,11 @@ class SqliteBroker:
         return self._queue
 
     def _open(self) -> LeaseQueue:
-        return LeaseQueue(self._path, topology.queues(self._delivery_limit))
+        return LeaseQueue(self._path, self._specs())
+
+    def _specs(self) -> tuple[topology.QueueSpec, ...]:
+        own = () if self._site is None else (topology.site_queue(self._site),)
+        return *topology.queues(self._delivery_limit), *own
 
 
 class _LeaseKeeper:

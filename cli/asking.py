@@ -21,7 +21,8 @@ from federation.wire import encode_request
 from storage.blob import BlobStore
 from storage.control import load_answer
 
-POLL_S = 0.1
+POLL_S = (0.1, 1.0)
+"""Between two looks for an answer, at first and at most: each is a request to the store."""
 
 WaitS = Annotated[
     float, typer.Option(envvar="FEDQUEUE_CLI_WAIT_S", help="seconds to wait for the server's answer")
@@ -58,15 +59,16 @@ def wait(
     store: BlobStore, request: Request, wait_s: float, alive: Callable[[], None] = lambda: None
 ) -> Answer:
     """The answer. `alive` is called while waiting, and may raise. Raises Transient after `wait_s` seconds."""
-    deadline = time.monotonic() + wait_s
+    deadline, pause = time.monotonic() + wait_s, POLL_S[0]
     while (answer := load_answer(store, request.who, request.request_id)) is None:
         alive()
         if time.monotonic() > deadline:
             raise Transient(
-                f"no answer in {wait_s:.0f} s; the request stays queued, and its answer will be "
-                f"request {request.request_id}: is a `fedqueue worker` running, and its ingress?"
+                f"no answer in {wait_s:.0f} s: is a `fedqueue worker` running, and its ingress? Request "
+                f"{request.request_id} stays queued and is done when they are; asking again is another request"
             )
-        time.sleep(POLL_S)
+        time.sleep(pause)
+        pause = min(1.2 * pause, POLL_S[1])
     return answer
 
 

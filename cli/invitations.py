@@ -6,12 +6,12 @@ from datetime import UTC, datetime
 
 from rich.table import Table
 
-from cli.options import JobArgument, LiveUrl, StoreUrl, console, errors, fail, load
+from cli.options import JobArgument, LiveUrl, StoreUrl, console, errors, fail, load, no_job
 from federation.errors import FedqueueError, NotFound, Transient
 from federation.jobs import Job
 from federation.settings import Settings
 from storage.blob import BlobStore
-from storage.jobs import list_jobs, load_job
+from storage.jobs import load_job
 from storage.liveness import Seen, open_liveness
 from storage.open import open_store
 from tasks.invite import Place, places
@@ -31,7 +31,7 @@ def invitations(job: JobArgument, store_url: StoreUrl = None, live_url: LiveUrl 
                 fail(f"job {job} is free-running: every site that has joined trains whenever it can")
             table = invitation_table(store, the_job, settings, datetime.now(UTC))
     except NotFound:
-        fail(f"there is no job {job!r}; there are: {', '.join(list_jobs(store)) or 'none'}")
+        no_job(store, job)
     except FedqueueError as exc:
         fail(exc)
     console.print(table)

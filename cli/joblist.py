@@ -139,8 +139,12 @@ def show(job: JobArgument, as_json: Json = False, store_url: StoreUrl = None) ->
         line = f"{made.spec.evaluation.metric} {reached:.3f}, of version {version}"
         console.print(line, markup=False, highlight=False)
     table = Table("field", "value", box=None)
+    unset = {
+        "participants": "every enrolled site",
+        "max_inflight": f"{made.spec.inflight_limit}, by the strategy",
+    }
     for field, value in _fields(made.spec):
-        table.add_row(field, escape(value))
+        table.add_row(field, escape(unset.get(field, value) if value == "none" else value))
     table.add_row("initial model", f"{made.initial.sha256[:12]}, {made.initial.nbytes} bytes")
     table.add_row("largest update", f"{made.max_update_bytes} bytes")
     console.print(table)

@@ -52,6 +52,11 @@ def list_sites(as_json: Json = False, live_url: LiveUrl = None) -> None:
     if as_json:
         typer.echo(json.dumps([_seen_json(seen, settings) for seen in sites], indent=1))
         return
+    if not sites:
+        _say(
+            "no heartbeat in the last 30 days, or since the view of sites was lost: `fedqueue site run` sends them"
+        )
+        return
     table = Table(
         *(
             "site",

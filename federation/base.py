@@ -43,6 +43,8 @@ def findings(exc: ValidationError) -> list[str]:
         where = ".".join(str(part) for part in e["loc"])
         if e["type"] == "value_error":
             found += [f"{where}: {line}" if where else line for line in str(e["ctx"]["error"]).splitlines()]
+        elif e["type"] == "extra_forbidden":
+            found.append(f"{where}: there is no such field")
         else:
             found.append(f"{where or 'value'}: {e['msg']}")
     return found

@@ -234,6 +234,8 @@ class Settings(BaseSettings):
     def _names(cls, value: object) -> object:
         if not isinstance(value, str):
             return value
+        if value.lstrip().startswith("["):
+            raise ValueError("names with commas between them, without brackets and quotes: car, bus")
         return tuple(name.strip() for name in value.split(",") if name.strip())
 
     @field_validator("site_hours")

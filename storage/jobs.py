@@ -25,6 +25,8 @@ def load_job(store: BlobStore, job_id: str) -> Job:
     """Raises NotFound, CorruptLog if job.json is not one."""
     try:
         return load_value(store, keys.job_key(job_id), Job)
+    except NotFound as exc:
+        raise NotFound(f"there is no job {job_id!r}") from exc
     except AccessDenied as exc:
         # A site's account gets this answer for a missing object, too; but it may list the log.
         if next(iter(store.list(keys.log_prefix(job_id))), None) is None:

@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from broker import topology
 from broker.lease import Lease, LeaseQueue
+from broker.open import connect
 from broker.sqlite import SqliteBroker
-from federation.errors import AccessDenied, BrokerUnavailable, Fatal
-from federation.wire import Delivery, Message
+from federation.errors import AccessDenied, BadMessage, BrokerUnavailable, Fatal
+from federation.settings import Settings
+from federation.wire import Delivery, JobAnnounced, Message, decode_control, encode_control
 
 ROOT = Path(__file__).parents[2]
 FOR_EVER = 1000.0
@@ -305,3 +308,22 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "folder.db").mkdir()
     with pytest.raises(AccessDenied):
         SqliteBroker(tmp_path / "folder.db").drain(topology.UPDATES)
+
+
+def test_a_site_that_connects_can_be_told_things_though_nobody_has_enrolled_it(tmp_path: Path) -> None:
+    """With one file and no accounts there is no `fedqueue server init --site` that one would think of."""
+    url = SecretStr(f"sqlite:{tmp_path / 'queue.db'}")
+    site, server = (
+        connect(Settings(site="site-a", broker_url=url)),
+        connect(Settings(broker_url=url), server=True),
+    )
+    hint = encode_control(JobAnnounced(job="toy"), "site-a")
+    with pytest.raises(BadMessage):
+        server.publish(topology.CONTROL_EXCHANGE, hint)
+    assert site.drain(topology.control_queue("site-a")) == []
+    server.publish(topology.CONTROL_EXCHANGE, hint)
+    assert [decode_control(found) for found in site.drain(topology.control_queue("site-a"))] == [
+        JobAnnounced(job="toy")
+    ]
+    site.close()
+    server.close()

@@ -266,3 +266,8 @@ def test_ages_are_told_in_the_unit_that_fits(seconds: float, text: str) -> None:
 
 def test_ratios_are_told_briefly() -> None:
     assert [ratio_text(r) for r in (None, 35.6, 9.94, 0.4)] == ["", "36:1", "9.9:1", "0.4:1"]
+
+
+def test_without_any_site_the_list_says_so(says: Says) -> None:
+    assert "`fedqueue site run` sends them" in says("site", "list")
+    assert json.loads(says("site", "list", "--json")) == []

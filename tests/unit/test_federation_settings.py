@@ -265,3 +265,13 @@ def test_settings_know_nothing_but_their_own_names() -> None:
         names.setdefault(env_name(field), field)
     assert len(names) == len(Settings.model_fields)
     assert CONFIG_ENV not in names
+
+
+def test_lists_in_the_environment_are_names_with_commas(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FEDQUEUE_SITE_CLASSES", "car, traffic light,")
+    assert Settings.load().site_classes == ("car", "traffic light")
+    monkeypatch.setenv(
+        "FEDQUEUE_SITE_CLASSES", '["car", "traffic light"]'
+    )  # would be other classes, silently
+    with pytest.raises(BadSettings, match="without brackets"):
+        Settings.load()
