@@ -104,6 +104,11 @@ class VersionLog:
             raise NotFound(f"job {self._job!r} has no log")
         return self._newest
 
+    @property
+    def seen(self) -> LogRecord | None:
+        """The newest record that this object has read or written. Asks nothing of the store."""
+        return self._newest
+
     def append(self, after: LogRecord, event: Event, head: Head) -> LogRecord:
         """Write the record that follows `after`.
 

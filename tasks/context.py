@@ -11,8 +11,9 @@ from broker.open import connect
 from broker.port import Broker
 from federation import plugins
 from federation.errors import CorruptLog, NotFound
+from federation.governance import Member
 from federation.jobs import Job
-from federation.keys import metrics_prefix
+from federation.keys import member_key, members_prefix, metrics_prefix
 from federation.settings import Settings
 from federation.types import Evaluation
 from storage.blob import BlobStore
@@ -37,6 +38,7 @@ class Context:
     _jobs: dict[str, Job] = field(default_factory=dict)
     _logs: dict[str, VersionLog] = field(default_factory=dict)
     _measured: dict[str, dict[str, Evaluation | None]] = field(default_factory=dict)
+    _members: dict[str, dict[str, Member]] = field(default_factory=dict)
 
     @cached_property
     def liveness(self) -> Liveness:
@@ -54,6 +56,25 @@ class Context:
         if job_id not in self._logs:
             self._logs[job_id] = VersionLog(self.store, job_id)
         return self._logs[job_id]
+
+    def members(self, job_id: str) -> list[Member]:
+        """The sites' answers to a job, by site. Takes one listing, and a request for each that is new.
+
+        Each is read once, so whoever writes one says so (`forget_member`), and whoever was not the only one to write
+        them begins anew (`forget_members`). Raises CorruptLog, StoreUnavailable.
+        """
+        known = self._members.setdefault(job_id, {})
+        listed = list(self.store.list(members_prefix(job_id)))
+        for key in listed:
+            if key not in known:
+                known[key] = load_value(self.store, key, Member)
+        return [known[key] for key in listed]
+
+    def forget_member(self, job_id: str, site: str) -> None:
+        self._members.get(job_id, {}).pop(member_key(job_id, site), None)
+
+    def forget_members(self) -> None:
+        self._members.clear()
 
     def evaluations(self, job_id: str) -> list[Evaluation]:
         """What was measured of a job, without the classes. Each is read once: the first one stays."""

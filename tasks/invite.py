@@ -72,8 +72,10 @@ class Turns:
             self.newest[invitation.site] = invitation
             self._answered.pop(invitation.site, None)
 
-    def read(self) -> None:
-        """Read the records that are new. Raises CorruptLog, StoreUnavailable."""
+    def read(self, newest: LogRecord) -> None:
+        """Read the records that are new, up to `newest` at least. Raises CorruptLog, StoreUnavailable."""
+        if newest.seq < self._next:
+            return
         for record in self._versions.history(self._next):
             self._add(record)
             self._next, self.head = record.seq + 1, record.head
@@ -169,23 +171,23 @@ def candidates(
     ]
 
 
-def invite(context: Context, job: Job, head: Head, now: datetime | None = None) -> None:
+def invite(context: Context, job: Job, newest: LogRecord, now: datetime | None = None) -> None:
     """Keep `concurrency` sites busy. Raises Transient; nothing is lost then, the next call goes on."""
     participation = job.spec.participation
-    if participation.mode != "invited" or head.idle_because is not None:
+    if participation.mode != "invited" or newest.head.idle_because is not None:
         return
     now = now or datetime.now(UTC)
     turns = _turns(context, job, now)
-    turns.read()
-    head = turns.head  # what came before this in the same look may have closed the job
+    turns.read(newest)
+    head = turns.head
     if head.idle_because is not None:
         return
-    if sum(turns.is_invited(site, now) for site in turns.newest) >= participation.concurrency:
+    members = context.members(job.id)
+    # whoever has declined meanwhile gives its place back
+    busy = sum(turns.is_invited(member.site, now) for member in members if member.answer == "joined")
+    if busy >= participation.concurrency:
         return
-    chosen = select(
-        candidates(job, list_members(context.store, job.id), _seen(context), turns, context.settings, now),
-        participation,
-    )
+    chosen = select(candidates(job, members, _seen(context), turns, context.settings, now), participation)
     for site in chosen.invite:
         turns.invite(site, head.offered.version, now)
         hint(context, Invited(job=job.id), site)
@@ -251,7 +253,7 @@ def places(
     """
     versions = VersionLog(store, job.id)
     turns = Turns(store, versions, job, now)
-    turns.read()
+    turns.read(versions.head())
     found = candidates(job, list_members(store, job.id), seen, turns, settings, now)
     chosen = select(found, job.spec.participation)
     return [

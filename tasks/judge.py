@@ -25,25 +25,41 @@ log = logging.getLogger("fedqueue.jobs")
 
 def judge(context: Context, job: Job) -> None:
     """Quarantine what failed its gate, and close the job if a stop rule holds. Repeating it changes nothing."""
-    course = _course(context, job)
-    _guard(context, job, course)
-    close_if(context, job, lambda head: why_stop(job.spec.stop, course, head, datetime.now(UTC)))
+    _act(context, job, _course(context, job), context.log(job.id).head())
+
+
+def judge_by_clock(context: Context, job: Job, newest: LogRecord) -> None:
+    """The same by the deadline alone: asks nothing of the store until that has passed."""
+    _act(context, job, Course((), job.spec.evaluation.metric), newest)
+
+
+def goes_by_measurements(job: Job) -> bool:
+    stop = job.spec.stop
+    return (stop.target, stop.patience, job.spec.evaluation.max_drop) != (None, None, None)
+
+
+def _act(context: Context, job: Job, course: Course, newest: LogRecord) -> None:
+    max_drop = job.spec.evaluation.max_drop
+    if max_drop is not None and failure(max_drop, course, newest.head) is not None:
+        _guard(context, job, course, max_drop)
+
+    def why(head: Head) -> str | None:
+        return why_stop(job.spec.stop, course, head, datetime.now(UTC))
+
+    if newest.head.closed is not None or why(newest.head) is not None:
+        close_if(context, job, why)
 
 
 def _course(context: Context, job: Job) -> Course:
     """By the server's figures alone, if it measures at all: the sites' may be there first."""
-    stop, evaluation = job.spec.stop, job.spec.evaluation
-    needed = (stop.target, stop.patience, evaluation.max_drop) != (None, None, None)
-    measured = context.evaluations(job.id) if needed else []
+    evaluation = job.spec.evaluation
+    measured = context.evaluations(job.id) if goes_by_measurements(job) else []
     if evaluation.every:
         measured = [e for e in measured if e.who == SERVER]
     return Course(measured, evaluation.metric)
 
 
-def _guard(context: Context, job: Job, course: Course) -> None:
-    max_drop = job.spec.evaluation.max_drop
-    if max_drop is None:
-        return
+def _guard(context: Context, job: Job, course: Course, max_drop: float) -> None:
     versions = context.log(job.id)
 
     def quarantine(newest: LogRecord) -> tuple[Event, Head] | None:

@@ -8,7 +8,7 @@ from federation.governance import Member
 from federation.jobs import Job
 from federation.requests import DeclineJob, JoinJob, Request
 from federation.types import Event, Head, LogRecord, Resumed
-from storage.control import list_members, pin_key, save_member
+from storage.control import pin_key, save_member
 from tasks import records
 from tasks.context import Context
 from tasks.tell import tell_changed
@@ -22,17 +22,24 @@ def join(context: Context, request: Request) -> str:
     asked = request.what
     assert isinstance(asked, JoinJob)
     job = context.job(asked.job)
-    head = context.log(job.id).head().head
-    if head.closed is not None:
-        raise Rejected(f"job {job.id} is closed: {head.closed}")
+    newest = context.log(job.id).head()
+    if newest.head.closed is not None:
+        raise Rejected(f"job {job.id} is closed: {newest.head.closed}")
     if job.spec.participants is not None and request.who not in job.spec.participants:
         raise Rejected(f"site {request.who} is not among the participants of job {job.id}: ask its owner")
-    save_member(
-        context.store,
+    _keep(
+        context,
         Member(job=job.id, site=request.who, answer="joined", num_images=asked.num_images, at=request.at),
     )
-    start(context, job)
+    start(context, job, newest)
     return f"joined job {job.id}{_keep_key(context, request.who, asked.public_key)}"
+
+
+def _keep(context: Context, member: Member) -> None:
+    try:
+        save_member(context.store, member)
+    finally:  # its reply may be lost, and it be there
+        context.forget_member(member.job, member.site)
 
 
 def _keep_key(context: Context, site: str, public_key: str | None) -> str:
@@ -50,8 +57,8 @@ def decline(context: Context, request: Request) -> str:
     asked = request.what
     assert isinstance(asked, DeclineJob)
     job = context.job(asked.job)
-    save_member(
-        context.store,
+    _keep(
+        context,
         Member(job=job.id, site=request.who, answer="declined", reason=asked.reason, at=request.at),
     )
     return f"declined job {job.id}: {asked.reason}"
@@ -63,17 +70,20 @@ def first_hold(job: Job) -> str | None:
     return f"{WAITING}: {needed} must join first" if needed > 1 else None
 
 
-def start(context: Context, job: Job) -> None:
+def start(context: Context, job: Job, newest: LogRecord) -> None:
     """Let the sites train as soon as enough have joined. Repeating it changes nothing."""
+    if not _waits(newest.head):
+        return
+    joined = sum(member.answer == "joined" for member in context.members(job.id))
+    if joined < job.spec.participation.min_sites:
+        return
 
     def enough(newest: LogRecord) -> tuple[Event, Head] | None:
-        hold = newest.head.hold
-        if hold is None or not hold.startswith(WAITING):
-            return None
-        joined = sum(member.answer == "joined" for member in list_members(context.store, job.id))
-        if joined < job.spec.participation.min_sites:
-            return None
-        return Resumed(), transitions.resume(newest.head)
+        return (Resumed(), transitions.resume(newest.head)) if _waits(newest.head) else None
 
     if records.append(context, job.id, enough) is not None:
         tell_changed(context, job)
+
+
+def _waits(head: Head) -> bool:
+    return head.hold is not None and head.hold.startswith(WAITING)

@@ -17,7 +17,7 @@ from federation.errors import StoreUnavailable, Transient
 from federation.governance import Invitation, Member
 from federation.ids import new_update_id
 from federation.jobs import Job, JobSpec, Participation
-from federation.requests import Request, SteerJob
+from federation.requests import DeclineJob, Request, SteerJob
 from federation.settings import Settings
 from federation.types import Machine, SiteStatus
 from federation.wire import Invited, decode_control
@@ -36,6 +36,7 @@ from tasks.context import Context
 from tasks.invite import places
 from tasks.jobs import create
 from tasks.publish import publish_pending
+from tasks.requests import handle
 from tasks.steer import steer_job
 from tests.factories import client_update, job_spec, payload_of, toy_arrays
 
@@ -105,7 +106,7 @@ class Worker(Context):
 
     def invite(self) -> None:
         """One step of oversee_jobs."""
-        invite.invite(self, self.job("toy"), self.log("toy").head().head, self.clock.now)
+        invite.invite(self, self.job("toy"), self.log("toy").head(), self.clock.now)
 
 
 @pytest.fixture
@@ -220,6 +221,19 @@ def test_a_site_that_dies_is_replaced_when_its_lease_ends_and_not_before(
     assert invited(worker, clock) == {"site-b"}
 
 
+def test_a_site_that_declines_gives_its_place_to_another(worker: Worker, clock: Clock) -> None:
+    new_job(worker, concurrency=1)
+    join(worker, "site-a", "site-b")
+    worker.invite()
+    assert invited(worker, clock) == {"site-a"}
+    asked = DeclineJob(job="toy", reason="no time")
+    request = Request(request_id=new_update_id(), who="site-a", what=asked, at=datetime.now(UTC))
+    assert handle(worker, request).ok
+    clock.after(1)
+    worker.invite()
+    assert invited(worker, clock) == {"site-a", "site-b"}
+
+
 def test_a_worker_that_starts_anew_goes_on_where_the_last_one_was(
     worker: Worker, clock: Clock, tmp_path: Path
 ) -> None:
@@ -285,10 +299,10 @@ def test_only_new_records_are_read(worker: Worker, clock: Clock, tmp_path: Path)
             send(worker, site)
         clock.after(10)
     worker.invite()
-    head = worker.log("toy").head().head
+    newest = worker.log("toy").head()
     store.log_reads = 0
     for _ in range(10):
-        invite.invite(worker, worker.job("toy"), head, clock.now)
+        invite.invite(worker, worker.job("toy"), newest, clock.now)
     assert store.log_reads == 0
     fresh = another(worker, tmp_path)
     fresh.log("toy").head()
@@ -413,7 +427,7 @@ def test_the_command_shows_who_is_invited_and_what_the_others_wait_for(tmp_path:
         save_member(store, Member(job="toy", site=site, answer="joined", num_images=7, at=now))
         if site != "site-c":
             context.liveness.beat(SiteStatus(site=site, state="waiting", at=now))
-    invite.invite(context, context.job("toy"), context.log("toy").head().head)
+    invite.invite(context, context.job("toy"), context.log("toy").head())
     broker.close()
 
     def shown(*arguments: str) -> tuple[int, str]:

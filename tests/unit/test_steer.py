@@ -32,7 +32,7 @@ from tasks.accept import accept
 from tasks.context import Context
 from tasks.jobs import create
 from tasks.judge import judge
-from tasks.oversee import oversee
+from tasks.oversee import Memory, oversee
 from tasks.publish import publish_pending
 from tasks.replay import replay
 from tasks.report import record
@@ -274,7 +274,7 @@ def test_a_cleared_version_stays_so_and_what_waited_is_merged() -> None:
     assert (celery.PUBLISH, {"job": "toy"}) in toy.sent
     for worker in (toy.context, toy.worker()):
         judge(worker, toy.job)
-        oversee(worker, set())
+        oversee(worker, Memory())
     toy.report(3, 0.3)  # again
     assert toy.head.quarantine is None
     publish_pending(toy.context, toy.job)
@@ -384,12 +384,12 @@ def test_patience_closes_the_job_whatever_the_order_of_the_reports() -> None:
 def test_a_deadline_closes_the_job_by_the_clock() -> None:
     toy = Toy(stop=StopRule(deadline=datetime.now(UTC) - timedelta(seconds=1)))
     toy.versions(1)
-    oversee(toy.context, set())
+    oversee(toy.context, Memory())
     reason = closed_by(toy)
     assert reason is not None
     assert reason.endswith("has passed at version 1")
     later = Toy(stop=StopRule(deadline=datetime.now(UTC) + timedelta(days=1)))
-    oversee(later.context, set())
+    oversee(later.context, Memory())
     assert closed_by(later) is None
 
 
@@ -409,7 +409,7 @@ def test_what_a_worker_that_died_did_not_judge_is_judged_by_the_next() -> None:
     toy = Toy(evaluation=EvaluationPolicy(sites_every=1), stop=StopRule(target=0.7))
     toy.versions(1)
     save_evaluation(toy.store, measured(1, 0.8, "site-a"))
-    oversee(toy.worker(), set())
+    oversee(toy.worker(), Memory())
     assert closed_by(toy) is not None
 
 
