@@ -134,6 +134,9 @@ def show_site(
     if parts:
         console.print()
         console.print(_parts_table(parts))
+        for part in parts:
+            if part.member is not None and part.member.reason:
+                _say(f"{part.job}: {part.member.answer}: {printable(part.member.reason)}")
 
 
 def site_parts(store: BlobStore, site: str) -> list[Part]:
@@ -215,18 +218,15 @@ def _parts_table(parts: list[Part]) -> Table:
     )
     for part in parts:
         member, account = part.member, part.account or Account()
-        answer = (
-            "" if member is None else f"{member.answer}: {member.reason}" if member.reason else member.answer
-        )
         last = account.last
         table.add_row(
             part.job if part.closed is None else f"{part.job} (closed)",
-            escape(printable(answer)),
+            "" if member is None else member.answer,
             str(member.num_images) if member is not None and member.num_images else "",
-            "" if part.invitation is None else f"{part.invitation.expires_at:%Y-%m-%d %H:%M:%S}",
+            "" if part.invitation is None else f"{part.invitation.expires_at:%m-%d %H:%M:%S}",
             str(account.merged),
             str(account.rejected),
-            "" if last is None else f"v{last.version}, τ {last.staleness}, {account.last_at:%Y-%m-%d %H:%M}",
+            "" if last is None else f"v{last.version}, τ {last.staleness}, {account.last_at:%m-%d %H:%M}",
             bytes_text(account.travelled_bytes) if account.travelled_bytes else "",
             ratio_text(account.ratio),
         )

@@ -327,6 +327,7 @@ class SiteAgent:
             for entry in self._jobs.open()
             if entry.work is not None or entry.trouble
         }
+        self._heartbeat.update(step=0, steps=0)
         if len(reasons) == 1:
             ((job, detail),) = reasons.items()
             self._heartbeat.update(state="waiting", job=job, detail=detail[:MAX_DETAIL])

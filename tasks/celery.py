@@ -68,6 +68,16 @@ app.conf.include = [
     "tasks.retention",
 ]
 
+
+def _worth_a_line(record: logging.LogRecord) -> bool:
+    """Celery logs two lines for each task; one that runs every few seconds would bury the others."""
+    told = record.args if isinstance(record.args, dict) else {}
+    return record.levelno > logging.INFO or told.get("name") != OVERSEE_JOBS
+
+
+for _celerys in ("celery.app.trace", "celery.worker.strategy"):
+    logging.getLogger(_celerys).addFilter(_worth_a_line)
+
 FIRST_WAIT_S = 0.2
 LONGEST_WAIT_S = 15.0
 RETRY_SHARE = 0.5

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from broker import topology
 from broker.faulty import FaultyBroker
 from broker.open import connect
 from broker.port import Broker, Handler
@@ -27,7 +26,7 @@ from federation.errors import BadDataset
 from federation.faults import QUEUES, READS, WRITES, Fault, FaultPlan, Seeded
 from federation.jobs import JobSpec
 from federation.settings import Settings
-from federation.wire import Delivery, Message
+from federation.wire import UPDATE_TYPE, Delivery, Message
 from producers.agent import SiteAgent
 from producers.trainer import Progress
 from storage.faulty import FaultyStore
@@ -54,7 +53,7 @@ class JournalledBroker:
 
     def publish(self, exchange: str, message: Message) -> None:
         self.inner.publish(exchange, message)
-        if exchange == topology.UPDATES_EXCHANGE and message.message_id is not None:
+        if message.type == UPDATE_TYPE and message.message_id is not None:  # requests have ids, too
             self.journal.write(message.message_id)
 
     def consume(self, queues: Sequence[str], handler: Handler, stop: Callable[[], bool]) -> None:

@@ -126,7 +126,7 @@ def test_show_tells_everything_of_a_site(tmp_path: Path, job: Job, says: Says) -
     ):
         assert words in output
     row = rows(output)["toy"]
-    assert row[:6] == ["toy", "joined", "40", "2026-01-02", "04:04:05", "1"]
+    assert row[:6] == ["toy", "joined", "40", "01-02", "04:04:05", "1"]
     assert row[7:10] == ["v1,", "τ", "0,"]
     shown = json.loads(says("site", "show", "site-b", "--json"))
     (part,) = shown["jobs"]

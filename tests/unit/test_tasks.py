@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -414,3 +415,17 @@ def test_an_overtaken_evaluation_is_skipped_without_work(worker: Worker) -> None
     accept(worker, uploaded(worker))
     publish_pending(worker, job)
     assert evaluate(worker, "toy", 0) is None  # "toy" is no architecture: work would have failed
+
+
+def test_a_task_that_runs_every_few_seconds_is_not_logged_each_time(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        for name in ("celery.app.trace", "celery.worker.strategy"):
+            for task in (celery.OVERSEE_JOBS, celery.PUBLISH):
+                told = {"id": "1", "name": task}
+                logging.getLogger(name).info("%(name)s[%(id)s] was done", told)
+                logging.getLogger(name).error("%(name)s[%(id)s] was not done", told)
+    done = [
+        record.getMessage().partition("[")[0] for record in caplog.records if record.levelno == logging.INFO
+    ]
+    assert done == [celery.PUBLISH, celery.PUBLISH]
+    assert sum(record.levelno == logging.ERROR for record in caplog.records) == 4
