@@ -413,6 +413,10 @@ def _stage(store: BlobStore, job: Job, release: Release) -> tuple[str, Standing]
     standing = judge(job.spec.release, proposal.contributors, release.approves)
     if is_released(store, job.id, proposal.version):
         return RELEASED, standing
+    if standing.met and release.decision is None:
+        withdrawn = VersionLog(store, job.id).head().head.withdrawn(proposal.version)
+        if withdrawn is not None:
+            return f"approved, not written because it is {withdrawn}", standing
     if release.decision is not None or standing.met:
         return "approved, waits for an evaluation worker", standing
     return "refused" if standing.blocked else "waits for answers", standing

@@ -58,12 +58,12 @@ def write(context: Context, job_id: str, version: int) -> bool:
     release = load_release(context.store, job_id, version)
     if release is None or is_released(context.store, job_id, version):
         return False
-    if release.decision is None and not _met(job, release):
+    if release.decision is None and not _may_decide(context, job, release):
         return False
     onnx, problem = _export(context, job, release)
     decided = _decide(context, job, release)
     if decided is None:
-        log.info("%s: version %d: a site changed its mind, nothing is written", job_id, version)
+        log.info("%s: version %d: it is not to be released any more, nothing is written", job_id, version)
         return False
     if onnx is not None:
         onnx = keep_file(context.store, job_id, version, ONNX, onnx)
@@ -72,15 +72,22 @@ def write(context: Context, job_id: str, version: int) -> bool:
     return True
 
 
-def _met(job: Job, release: Release) -> bool:
-    return judge(job.spec.release, release.proposal.contributors, release.approves).met
+def _may_decide(context: Context, job: Job, release: Release) -> bool:
+    """The rule is met, and the version is neither in quarantine nor rolled back since it was proposed."""
+    proposal = release.proposal
+    if not judge(job.spec.release, proposal.contributors, release.approves).met:
+        return False
+    withdrawn = context.log(job.id).head().head.withdrawn(proposal.version)
+    if withdrawn is not None:
+        log.warning("%s: version %d is approved, but it is %s", job.id, proposal.version, withdrawn)
+    return withdrawn is None
 
 
 def _decide(context: Context, job: Job, release: Release) -> Release | None:
-    """The release with its decision; None if the rule is not met any more."""
+    """The release with its decision; None if it may not be decided any more."""
     while release.decision is None:
         newest = load_release(context.store, job.id, release.proposal.version)
-        if newest is None or (newest.decision is None and not _met(job, newest)):
+        if newest is None or (newest.decision is None and not _may_decide(context, job, newest)):
             return None
         if newest.decision is None:
             append_record(context.store, newest, Decision(at=datetime.now(UTC)))

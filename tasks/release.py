@@ -40,6 +40,8 @@ from tasks.context import Context
 from tasks.steer import owned_job
 from tasks.tell import hint
 
+MAX_ANSWERS = 50
+"""Of one site to one proposal: each is read again with every later one."""
 CLOCK_TOLERANCE = timedelta(hours=1)
 """How far ahead a site's clock may be: an answer from the future would hide the later ones."""
 
@@ -134,6 +136,8 @@ def answer(context: Context, request: Request) -> str:
                 f"site {request.who} has given a later answer, at {newest.consent.consent().at.isoformat()}: "
                 "answer again if it is to change (is the clock right?)"
             )
+        if sum(known.site == request.who for known in release.answers) >= MAX_ANSWERS:
+            raise Rejected(f"site {request.who} has answered {MAX_ANSWERS} times: the last answer stays")
         append_record(context.store, release, record)
         release = load_release(context.store, job.id, asked.version) or release
     standing = standing_of(job, release)

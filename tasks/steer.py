@@ -173,6 +173,10 @@ def _roll_back(context: Context, job: Job, number: int, reason: str, request: Re
             )
         if number >= head.version:
             raise Rejected(f"version {number} is not older than the newest, {head.version}")
+        if head.quarantine is None and head.current == kept.version.model_copy(
+            update={"version": head.version}
+        ):
+            return None  # somebody who had no answer asks again
         version = kept.require()
         refused = decide.stranded(head, number)
         after = transitions.roll_back(job.spec, head, version, refused)
@@ -186,7 +190,8 @@ def _roll_back(context: Context, job: Job, number: int, reason: str, request: Re
         return event, after
 
     record = records.append(context, job.id, roll_back) or kept.done
-    assert record is not None
+    if record is None:
+        return f"the newest version of {job.id} has the model of version {number} already: nothing was done"
     _after_rollback(context, job, record)
     done = f"version {record.head.version} of {job.id} is version {number} again"
     stable = record.head.stable

@@ -42,7 +42,7 @@ from tasks.accept import accept
 from tasks.jobs import create
 from tasks.model_card import ANONYMOUS
 from tasks.publish import publish_pending
-from tasks.release import ask_for_bundles
+from tasks.release import MAX_ANSWERS, ask_for_bundles
 from tasks.requests import handle
 from tests.factories import client_update, job_spec, payload_of, toy_arrays
 from tests.unit.test_tasks import Worker
@@ -515,6 +515,40 @@ def test_a_worker_whose_export_fails_goes_by_the_card_that_is_there(
     copy = copied(worker, version, tmp_path / "bundle")
     assert check(copy, {}).problems == ()
     assert (copy / ONNX).read_bytes() == b"onnx"
+
+
+def test_a_version_that_is_withdrawn_after_its_approval_is_not_released(
+    worker: Worker, site_keys: dict[str, SigningKey]
+) -> None:
+    from aggregator import transitions
+    from federation.types import Cleared, Quarantined
+
+    version = trained(worker)
+    propose(worker, version)
+    for site, key in site_keys.items():
+        assert ask(worker, site, signed(consent(worker, version), key)).ok
+    log = worker.log("toy")
+    newest = log.head()
+    head = transitions.quarantine(newest.head, version, "worse", log.version(version - 1))
+    newest = log.append(newest, Quarantined(version=version, reason="worse"), head)
+    assert not bundle.write(worker, "toy", version)
+    release = load_release(worker.store, "toy", version)
+    assert release is not None
+    assert release.decision is None
+    log.append(newest, Cleared(version=version), transitions.clear(newest.head))
+    assert bundle.write(worker, "toy", version)
+
+
+def test_a_site_answers_a_bounded_number_of_times(worker: Worker, site_keys: dict[str, SigningKey]) -> None:
+    version, key, now = trained(worker), site_keys["site-a"], datetime.now(UTC)
+    propose(worker, version)
+
+    def again(number: int) -> Answer:
+        at = now + timedelta(milliseconds=number)
+        return ask(worker, "site-a", signed(consent(worker, version, "refuse", at=at), key))
+
+    assert all(again(number).ok for number in range(MAX_ANSWERS))
+    assert "the last answer stays" in again(MAX_ANSWERS).errors[0]
 
 
 def test_a_majority_suffices_where_the_rule_says_so(

@@ -203,6 +203,20 @@ def test_the_same_request_again_changes_nothing_though_work_came_in_between() ->
     assert (toy.head.version, sum(isinstance(e, RolledBack) for e in toy.events)) == (6, 1)
 
 
+def test_the_same_rollback_asked_for_twice_makes_one_version() -> None:
+    toy = Toy()
+    toy.versions(3)
+    assert "version 4 of toy is version 1 again" in toy.ask("rollback", 1).message
+    before = toy.head
+    answer = toy.ask("rollback", 1)
+    assert answer.ok
+    assert "nothing was done" in answer.message
+    assert toy.head == before
+    toy.versions(1)
+    assert "version 6 of toy is version 1 again" in toy.ask("rollback", 1).message
+    assert toy.sound()
+
+
 def test_a_rollback_may_make_the_last_version() -> None:
     """The same exactness as of a publish: it closes in the same record, and nothing is left pending."""
     toy = Toy(stop=StopRule(max_versions=4))
