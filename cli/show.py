@@ -66,7 +66,7 @@ def _facts(made: dict[int, Made], number: int, is_kept: bool) -> Iterator[str]:
         why = f": {printable(event.reason)}" if event.reason else ""
         yield f"from      version {event.to}, by a rollback of {event.by}{why}"
     elif this.parent is not None:
-        yield f"from      version {this.parent}, with {len(this.merged)} updates"
+        yield f"from      version {this.parent}; updates merged: {len(this.merged)}"
     yield f"model     {stored.model.key}"
     yield f"sha256    {stored.model.sha256}, {stored.model.nbytes} bytes"
     if not is_kept:

@@ -94,8 +94,11 @@ def to_markdown(card: Card) -> str:
             ("", ""),
             [
                 ("architecture", _text(card.arch)),
-                ("input", f"{card.image_size} × {card.image_size} pixels, RGB"),
-                ("classes", ", ".join(_text(name) for name in card.classes)),
+                (
+                    "input",
+                    f"{card.image_size} × {card.image_size} pixels, RGB, 0 to 1; the whole image squeezed into it",
+                ),
+                ("classes", f"{', '.join(_text(name) for name in card.classes)}; label 1 is the first"),
                 (MODEL, f"{card.file_bytes} bytes, sha256 `{card.file_sha256}`"),
                 (
                     ONNX,
@@ -126,7 +129,8 @@ def to_markdown(card: Card) -> str:
         "## Consent",
         f"Proposed {card.proposed_at:%Y-%m-%d}, decided {card.decided_at:%Y-%m-%d %H:%M} UTC. The job's rule asks for "
         f"the approval of {rule}: {card.approved} of {card.contributors} approved. consents.json holds each approval "
-        "with its signature (Ed25519) of this model's digest and purpose; `fedqueue release verify` checks them.",
+        "with its signature (Ed25519) of this model's digest and purpose; `fedqueue release verify` checks them. What "
+        "a recipient may do with it, and who answers for it, is a matter of a contract: this card is none.",
         "## Lineage",
         *_table(
             ("", ""),

@@ -132,7 +132,7 @@ def test_the_list_marks_what_every_version_is(url: str) -> None:
 def test_show_tells_all_of_a_version(url: str) -> None:
     shown = run(url, "show", "toy")
     assert "version 6  (best, latest)" in shown
-    assert "from      version 5, with 1 updates" in shown
+    assert "from      version 5; updates merged: 1" in shown
     assert "site-b" in shown
     assert "0.850" in shown
     assert "lineage: versions 0 to 2, 5 to 6; 3 updates are in it" in shown
