@@ -51,7 +51,11 @@ def job_families(state: JobState) -> Iterable[Family]:
     closed.add(int(head.closed is not None), job=job)
     pending = Family("fedqueue_job_pending_updates", "gauge", "Updates accepted and not merged yet.")
     pending.add(len(head.pending), job=job)
-    yield from (version, closed, pending)
+    quarantine = Family(
+        "fedqueue_job_quarantine", "gauge", "1 if a version waits for somebody to decide on it."
+    )
+    quarantine.add(int(head.quarantine is not None), job=job)
+    yield from (version, closed, pending, quarantine)
 
     uploaded = Family(
         "fedqueue_uploaded_bytes_total", "counter", "Payloads and messages of a site's updates."

@@ -10,12 +10,12 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Literal
 
 from federation.errors import BadJob, NotFound, StoreUnavailable, Transient
-from federation.types import Metrics
+from federation.types import Metrics, ModelVersion
 from producers.backoff import Backoff
 from producers.deployed import (
     CURRENT,
@@ -86,33 +86,40 @@ class Deployment:
         with self._disk():
             current = self.folder.deployed()
             try:
-                meant = resolve(self._open(), self.folder.job, self.channel).current
+                resolved = resolve(self._open(), self.folder.job, self.channel)
             except StoreUnavailable as exc:
                 if current is None:
                     return self._deploy(self.models.from_cache(self.channel, str(exc)))
                 return _away(current, str(exc))
-            refused = self._failed_before(meant.version, meant.model.sha256)
-            if refused is not None:
-                return refused
-            name = self.folder.find(meant, self._files)
-            if name is None or current is None:
-                pulled = self.models.pull(self.channel, self._open)
-                if pulled.away and current is not None:
-                    return _away(current, pulled.away)
-                return self._deploy(pulled)
-            manifest = self.folder.manifest(name)
-            if name == self.folder.target(CURRENT):
-                if manifest.channel != self.channel:
-                    self.folder.describe(name, manifest.model_copy(update={"channel": self.channel}))
-                return Outcome(
-                    "up-to-date", f"version {meant.version} ({self.channel}) is deployed: up to date"
-                )
-            newer = {
-                "channel": self.channel,
-                "previous": current.version,
-                "metrics": self._metrics(meant.version),
-            }
-            return self._swap(name, manifest.model_copy(update=newer))
+            meant = resolved.current
+            outcome = self._follow(meant, current)
+            if resolved.withdrawn is None:
+                return outcome
+            note = f"note that the job says of version {meant.version}: {resolved.withdrawn}"
+            return replace(outcome, message=f"{outcome.message}; {note}")
+
+    def _follow(self, meant: ModelVersion, current: Manifest | None) -> Outcome:
+        """Deploy `meant`, unless it is there, or has failed. current: what is deployed."""
+        refused = self._failed_before(meant.version, meant.model.sha256)
+        if refused is not None:
+            return refused
+        name = self.folder.find(meant, self._files)
+        if name is None or current is None:
+            pulled = self.models.pull(self.channel, self._open)
+            if pulled.away and current is not None:
+                return _away(current, pulled.away)
+            return self._deploy(pulled)
+        manifest = self.folder.manifest(name)
+        if name == self.folder.target(CURRENT):
+            if manifest.channel != self.channel:
+                self.folder.describe(name, manifest.model_copy(update={"channel": self.channel}))
+            return Outcome("up-to-date", f"version {meant.version} ({self.channel}) is deployed: up to date")
+        newer = {
+            "channel": self.channel,
+            "previous": current.version,
+            "metrics": self._metrics(meant.version),
+        }
+        return self._swap(name, manifest.model_copy(update=newer))
 
     def run(self, poll_s: float, backoff_limit_s: float) -> None:
         """Look until `stop`; outages are waited out. Raises Fatal."""

@@ -24,10 +24,14 @@ LATEST, BEST, STABLE = CHANNELS = ("latest", "best", "stable")
 
 @dataclass(frozen=True)
 class Resolved:
-    """A version, and in words why it is the one, or what speaks against it; often nothing."""
+    """A version, and in words why it is the one, or what speaks against it; often nothing.
+
+    `withdrawn`: rolled back or in quarantine, which only `stable` and numbers can be.
+    """
 
     current: ModelVersion
     reason: str = ""
+    withdrawn: str | None = None
 
 
 def check_wanted(text: str) -> str:
@@ -56,7 +60,7 @@ def resolve(store: BlobStore, job_id: str, wanted: str) -> Resolved:
             raise NotFound(
                 f"no version of {job_id} is stable yet: `fedqueue model promote {job_id} VERSION` makes one so"
             )
-        return Resolved(head.stable, head.withdrawn(head.stable.version) or "")
+        return _as_it_is(head, head.stable)
     if wanted == BEST:
         best = best_version(store, job_id, head)
         if best is None:
@@ -65,7 +69,12 @@ def resolve(store: BlobStore, job_id: str, wanted: str) -> Resolved:
                 f"`fedqueue model list {job_id}`"
             )
         return Resolved(log.version(best.version), f"{best.metric} {best.value:.3f} by {', '.join(best.who)}")
-    return Resolved(log.version(int(wanted)), head.withdrawn(int(wanted)) or "")
+    return _as_it_is(head, log.version(int(wanted)))
+
+
+def _as_it_is(head: Head, version: ModelVersion) -> Resolved:
+    withdrawn = head.withdrawn(version.version)
+    return Resolved(version, withdrawn or "", withdrawn)
 
 
 def best_version(store: BlobStore, job_id: str, head: Head | None = None) -> Best | None:

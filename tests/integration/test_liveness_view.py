@@ -173,6 +173,7 @@ def test_what_a_job_cost_is_told(server: Server, job: str, tmp_path: Path) -> No
     assert samples["fedqueue_home_image_bytes", ""] == ToyTrainer.image_bytes
     assert samples["fedqueue_updates_merged_total", ""] == VERSIONS
     assert samples["fedqueue_job_version", ""] == VERSIONS
+    assert samples["fedqueue_job_quarantine", ""] == 0
     assert samples["fedqueue_job_closed", ""] == 1
     assert samples["fedqueue_site_condition", "gone"] == 1  # it said that it stops
     assert samples["fedqueue_site_last_seen_timestamp_seconds", ""] <= time.time() + 1

@@ -13,14 +13,15 @@ from typing import Any
 
 import pytest
 
+from aggregator.transitions import roll_back
 from federation.errors import BadSettings, NotFound, StoreUnavailable, Transient
-from federation.types import Promoted
+from federation.types import Promoted, RolledBack
 from producers.deployed import CURRENT, PREVIOUS, DeployedFolder, Manifest, Note, read_note
 from producers.deployment import Deployment, Outcome
 from producers.offline import OfflineModels
 from producers.postcheck import CheckFailed, CheckStopped, Command
 from storage.tensors import decode
-from tests.factories import payload_of, toy_arrays
+from tests.factories import job_spec, payload_of, toy_arrays
 from tests.integration.servers import ROOT, until
 from tests.killed_calls import kills
 from tests.unit.test_offline import NORM, URL, Federation
@@ -123,6 +124,18 @@ def test_a_channel_that_moves_back_takes_the_model_back(site: Site) -> None:
         assert served(site.out) == number
     assert site.versions() == (2, 1)
     assert [entry.version for entry in _note(site).history] == [1, 2, 3, 2, 1, 2]
+
+
+def test_who_uses_a_version_that_the_job_has_rolled_back_is_told(site: Site) -> None:
+    for number in (1, 2):
+        site.promote(number)
+    assert "note" not in site.look().message
+    log = site.federation.log
+    newest = log.head()
+    log.append(newest, RolledBack(to=1), roll_back(job_spec(), newest.head, log.version(1), ()))
+    outcome = site.look()
+    assert (outcome.state, site.versions()) == ("up-to-date", (2, None)), "stable is what was promoted"
+    assert "note that the job says of version 2: rolled back" in outcome.message
 
 
 def test_latest_follows_every_version(site: Site) -> None:
