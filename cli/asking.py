@@ -64,8 +64,8 @@ def wait(
         alive()
         if time.monotonic() > deadline:
             raise Transient(
-                f"no answer in {wait_s:.0f} s: is a `fedqueue worker` running, and its ingress? Request "
-                f"{request.request_id} stays queued and is done when they are; asking again is another request"
+                f"no answer in {wait_s:.0f} s: is a `fedqueue worker` running, and its ingress? Until then the request "
+                f"stays queued, as {request.request_id}; the same command again would be another one"
             )
         time.sleep(pause)
         pause = min(1.2 * pause, POLL_S[1])
