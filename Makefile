@@ -1,6 +1,7 @@
 # make demo    the whole system on generated scenes, nothing to install by hand
 # make test    style, types and all quick tests (a missing server skips; with CI=true it fails)
 # make check   style and types alone
+# make story       three companies, from a job to a release, by real commands: embedded and over real servers
 # make test-slow   training runs of minutes
 # make chaos       tests that kill processes and servers at random moments; SECONDS=600 SEED=1
 # make bench, make servers, make clean
@@ -10,7 +11,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: demo test check test-slow chaos bench servers format clean
+.PHONY: demo test check story test-slow chaos bench servers format clean
 
 demo: $(VENV)/.site
 	$(BIN)/fedqueue demo
@@ -22,6 +23,9 @@ check: $(VENV)/.test
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+story: $(VENV)/.test
+	$(PYTEST) -m slow tests/e2e/test_three_companies.py
 
 test-slow: $(VENV)/.test
 	$(PYTEST) -m slow
