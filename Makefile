@@ -16,8 +16,9 @@ PYTEST := $(BIN)/python -m pytest
 demo: $(VENV)/.site
 	$(BIN)/fedqueue demo
 
+# Two modules at a time, because most of them wait for servers and sites; each worker has servers of its own.
 test: check
-	$(PYTEST) -m "not slow and not chaos"
+	$(PYTEST) -n 2 --dist loadfile -m "not slow and not chaos"
 
 check: $(VENV)/.test
 	$(BIN)/ruff format --check .

@@ -309,7 +309,9 @@ class LosingStore(MemoryStore):
 
 
 @pytest.mark.parametrize(
-    "liar", [OverwritingStore(admits=False), OverwritingStore(admits=True), LosingStore()], ids=str
+    "liar",
+    [OverwritingStore(admits=False), OverwritingStore(admits=True), LosingStore()],
+    ids=["overwriting", "overwriting openly", "losing"],
 )
 def test_the_probe_refuses_a_store_that_lies(liar: BlobStore) -> None:
     with pytest.raises(UnsafeStore, match="MinIO and its forks"):
