@@ -216,7 +216,8 @@ def test_only_the_submitter_and_operators_steer_a_job_and_what_comes_late_is_ref
     house.said("job", "resume", job, site="site-a")
     assert "\nopen" in house.said("job", "show", job, site="site-b")
     house.said("job", "stop", job, "--reason", "good enough")
-    assert "stopped by server: good enough" in house.said("job", "list", site="site-b").replace("\n", " ")
+    listed = {row["job"]: row for row in json.loads(house.said("job", "list", "--json", site="site-b"))}
+    assert "stopped by server: good enough" in listed[job]["state"]
 
     late = client_update(payload_of(toy_arrays(1.0)), job=job, site="site-b")
     server.send(late, payload_of(toy_arrays(1.0)))
