@@ -100,24 +100,7 @@ def publish(
             raise ValueError(f"version {current.version} is not what the last of the merged updates makes")
     elif current != head.current:
         raise ValueError("there is a new model, but nothing was merged into it")
-    gone = _ids(event)
-    remembered, remembered_from = _bounded(
-        tuple(
-            known
-            for known in _with_reasons(head.remembered, event.refused)
-            if not is_forgettable(spec, current.version, known.base_version)
-        ),
-        head.remembered_from,
-    )
-    return head.model_copy(
-        update={
-            "current": current,
-            "pending": tuple(c for c in head.pending if c.update.update_id not in gone),
-            "remembered": remembered,
-            "remembered_from": remembered_from,
-            "closed": closed,
-        }
-    )
+    return _advance(spec, head, current, event.refused, _ids(event)).model_copy(update={"closed": closed})
 
 
 def close(head: Head, reason: str) -> Head:
@@ -187,24 +170,32 @@ def roll_back(
     current = to.model_copy(update={"version": head.version + 1})
     gone = {refusal.update.update_id for refusal in refused}
     line = AbandonedLine(first=to.version + 1, last=head.version)
-    remembered, remembered_from = _bounded(
-        tuple(
-            known
-            for known in _with_reasons(head.remembered, refused)
-            if not is_forgettable(spec, current.version, known.base_version)
-        ),
-        head.remembered_from,
+    return _advance(spec, head, current, refused, gone).model_copy(
+        update={
+            "abandoned": _with_line(head.abandoned, line),
+            "quarantine": None,
+            "cleared": tuple(version for version in head.cleared if version <= to.version),
+            "closed": closed,
+        }
     )
+
+
+def _advance(
+    spec: JobSpec, head: Head, current: ModelVersion, refused: Sequence[Refusal], gone: set[str]
+) -> Head:
+    """`current` is the newest version: the updates `gone` leave the queue, and ids that are too old are forgotten."""
+    known = (
+        known
+        for known in _with_reasons(head.remembered, refused)
+        if not is_forgettable(spec, current.version, known.base_version)
+    )
+    remembered, remembered_from = _bounded(tuple(known), head.remembered_from)
     return head.model_copy(
         update={
             "current": current,
             "pending": tuple(c for c in head.pending if c.update.update_id not in gone),
             "remembered": remembered,
             "remembered_from": remembered_from,
-            "abandoned": _with_line(head.abandoned, line),
-            "quarantine": None,
-            "cleared": tuple(version for version in head.cleared if version <= to.version),
-            "closed": closed,
         }
     )
 
