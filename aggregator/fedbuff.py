@@ -51,6 +51,11 @@ def flush(
             policy.server_optimizer, state, model.weights, group.weights, policy.server_learning_rate
         )
     moments = group.statistics
-    share = min(1.0, moments.weight / divisor)  # s(τ) ≤ 1, so only rounding could take it above
-    mix_statistics(model.means, model.variances, moments.means, moments.variances, share)
+    mix_statistics(model.means, model.variances, moments.means, moments.variances, share(group, policy))
     raise_counters(model.ints, group.ints, counters)
+
+
+def share(group: Group, policy: AggregationPolicy) -> float:
+    """Of a full group in what travels as values; what remains to 1 stays on the global model's."""
+    divisor = group.examples if policy.weight_by_examples else group.count
+    return min(1.0, group.statistics.weight / divisor)  # s(τ) ≤ 1, so only rounding could take it above

@@ -20,15 +20,17 @@ class Group:
 
     weights: Floats  # [W]; meaningless while count is 0
     statistics: Moments  # [S]
+    moments: tuple[Floats, ...]  # [W] each: means of the optimisers' moments, as many as sites share
     ints: Ints  # [I]; the counters' maxima, meaningless while count is 0
     count: int = 0
     examples: int = 0
 
 
-def empty_group(layout: Layout) -> Group:
+def empty_group(layout: Layout, moments: int = 0) -> Group:
     return Group(
         weights=np.empty(layout.weight_count, np.float32),
         statistics=no_moments(layout.statistic_count),
+        moments=tuple(np.zeros(layout.weight_count, np.float32) for _ in range(moments)),
         ints=np.empty(layout.int_count, np.int64),
     )
 

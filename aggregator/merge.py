@@ -9,6 +9,9 @@
         del payload                                 # before the next one is loaded
     result = merge.finish()                         # result.flat and .ints hold version result.version
 
+In a job that shares the sites' optimiser state a payload holds moments between its weights and its statistics, and
+`state` is what they are merged into (aggregator/moments.py).
+
 Folding n updates in one Merge gives the same bytes as n Merges with float32 storage between them (for the
 buffered strategies: one Merge per flush). Memory: the model, one accumulator (fedbuff, fedavg), the optimiser
 state and one payload, however many updates there are; beyond that, temporaries of one block.
@@ -18,11 +21,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from aggregator import fedasync, fedavg, fedbuff
+from aggregator import fedasync, fedavg, fedbuff, moments
 from aggregator.blocks import Floats, Ints
 from aggregator.group import empty_group, reset
-from aggregator.server_opt import OptimizerState, check_state, initial_state
-from aggregator.tensors import split
+from aggregator.server_opt import OptimizerState, check_state, initial_state, moment_count, no_state
+from aggregator.tensors import Tensors, split
 from aggregator.weighting import assign, group_size
 from federation.jobs import JobSpec
 from federation.layout import Layout
@@ -39,7 +42,7 @@ class MergeResult:
     merged: tuple[Contribution, ...]
     """In log order, with their final numbers: only updates of complete groups."""
     state: OptimizerState | None
-    """Of the server optimiser after `version`; None if the policy has none."""
+    """Of the server optimiser after `version`, or what the sites' became together; None if the job has neither."""
 
 
 class Merge:
@@ -56,7 +59,7 @@ class Merge:
     ) -> None:
         """Begin with published `version`. `flat` [W+2S], `ints` [I] and `state` are modified in place.
 
-        `state` is None for a job without a server optimiser, and for the first step of one that has it.
+        `state` is None for a job without one, and for the first step of a job with a server optimiser or a shared one.
         Raises ValueError for vectors that are not of this layout, or not writable.
         """
         if not (flat.flags.writeable and ints.flags.writeable):
@@ -66,16 +69,21 @@ class Merge:
         self._layout = layout
         self._flat, self._ints = flat, ints
         self._model = split(layout, flat, ints)
-        check_state(self._policy.server_optimizer, state, layout.weight_count)
-        if state is None and self._policy.server_optimizer is not None:
-            state = initial_state(self._policy.server_optimizer, layout.weight_count)
+        shared, optimizer = spec.plan.shared_moments, self._policy.server_optimizer
+        check_state(shared or moment_count(optimizer), state, layout.weight_count)
+        self._has_moments = state is not None
+        if state is None and shared:
+            state = no_state(shared, layout.weight_count)
+        elif state is None and optimizer is not None:
+            state = initial_state(optimizer, layout.weight_count)
         self._state = state
         self._base = version
         self._version = version
         self._merged: list[Contribution] = []
         self._open: list[Contribution] = []
         # FedAsync folds straight into the model; the others pay for an accumulator
-        self._group = None if self._policy.strategy == "fedasync" else empty_group(layout)
+        self._group = None if self._policy.strategy == "fedasync" else empty_group(layout, shared)
+        self._payload_layout = layout.with_moments(shared)
 
     @property
     def version(self) -> int:
@@ -98,7 +106,8 @@ class Merge:
         return group_size(self._spec) - len(self._open)
 
     def add(self, update: ClientUpdate, flat: Floats, ints: Ints) -> Contribution:
-        """Fold one verified payload and return its final numbers. `flat` [W+2S] and `ints` [I] are only read.
+        """Fold one verified payload and return its final numbers. `flat` [W+2S, or with moments] and `ints` [I] are
+        only read.
 
         The numbers count what was added before, so an update that was skipped as unreadable leaves no gap.
         Raises ValueError if the payload does not fit, or if `full`; then nothing has changed.
@@ -124,7 +133,7 @@ class Merge:
             raise ValueError(
                 f"{update.update_id} holds {update.payload_kind}, not {self._policy.payload_kind}"
             )
-        payload = split(self._layout, flat, ints)
+        payload = split(self._payload_layout, flat, ints)
         counters = self._layout.counter_slices
         if self._group is None:
             fedasync.fold(self._model, payload, counters, contribution)
@@ -132,9 +141,24 @@ class Merge:
             fedbuff.fold(self._group, payload, counters, contribution)
         else:
             fedavg.fold(self._group, payload, counters, contribution)
+        self._fold_moments(payload, contribution)
         self._open.append(contribution)
         if self.needed == 0:
             self._complete()
+
+    def _fold_moments(self, payload: Tensors, contribution: Contribution) -> None:
+        if not payload.moments:
+            return
+        if self._group is None:
+            self._flush_moments(payload.moments, contribution.weight)
+        else:
+            moments.fold(self._group, payload.moments, contribution)
+
+    def _flush_moments(self, means: tuple[Floats, ...], share: float) -> None:
+        """There is nothing to mix the first ones with: zeros would be no moments of anything."""
+        assert self._state is not None
+        moments.flush(self._state, means, share if self._has_moments else 1.0)
+        self._has_moments = True
 
     def finish(self) -> MergeResult:
         """The result after the last `add`. An incomplete group is not in it: its updates stay pending."""
@@ -145,6 +169,11 @@ class Merge:
         if self._group is not None:
             flush = fedbuff.flush if self._policy.strategy == "fedbuff" else fedavg.flush
             flush(self._model, self._group, self._layout.counter_slices, self._policy, self._state)
+            if self._group.moments:
+                share = (
+                    fedbuff.share(self._group, self._policy) if self._policy.strategy == "fedbuff" else 1.0
+                )
+                self._flush_moments(self._group.moments, share)
             reset(self._group)
         self._merged += self._open
         self._open.clear()

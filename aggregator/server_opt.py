@@ -26,7 +26,7 @@ from federation.jobs import ServerOptimizer
 
 @dataclass(frozen=True)
 class OptimizerState:
-    """Updated in place by `step`. [W] each, float32; v is None for FedAvgM, which has no second moment."""
+    """Updated in place. [W] each, float32; v is None for an optimiser without a second moment."""
 
     m: Floats
     v: Floats | None
@@ -40,14 +40,31 @@ def initial_state(optimizer: ServerOptimizer, size: int) -> OptimizerState:
     return OptimizerState(m, np.full(size, optimizer.epsilon**2, np.float32))
 
 
-def check_state(optimizer: ServerOptimizer | None, state: OptimizerState | None, size: int) -> None:
-    """Raises ValueError if `state` is not one of `optimizer` over `size` parameters. None fits always."""
+def no_state(moments: int, size: int) -> OptimizerState:
+    """Zeros: of 1 or 2 moments of `size` parameters."""
+    return OptimizerState(np.zeros(size, np.float32), np.zeros(size, np.float32) if moments == 2 else None)
+
+
+def moment_count(optimizer: ServerOptimizer | None) -> int:
+    """How many moments its state has."""
+    if optimizer is None:
+        return 0
+    return 1 if optimizer.kind == "fedavgm" else 2
+
+
+def check_state(moments: int, state: OptimizerState | None, size: int) -> None:
+    """Raises ValueError if `state` is not one of `moments` moments of `size` parameters. None fits always."""
     if state is None:
         return
-    if optimizer is None:
-        raise ValueError("there is an optimiser state, but the policy has no server optimiser")
-    if (state.v is None) != (optimizer.kind == "fedavgm"):
-        raise ValueError(f"this is not a state of {optimizer.kind}: fedavgm has m, the others m and v")
+    if not moments:
+        raise ValueError(
+            "there is an optimiser state, but the job has neither a server optimiser nor a shared one"
+        )
+    if (state.v is None) != (moments == 1):
+        raise ValueError(
+            "this is another optimiser's state: this job's has "
+            + ("first moments alone" if moments == 1 else "first and second moments")
+        )
     for vector in (state.m, state.v):
         if vector is not None and (vector.dtype != np.float32 or vector.shape != (size,)):
             raise ValueError(f"optimiser state is {vector.dtype} {vector.shape}, must be float32 ({size},)")

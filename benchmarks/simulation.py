@@ -35,9 +35,11 @@ from federation.ids import new_update_id
 from federation.jobs import JobSpec, Participation
 from federation.keys import update_key
 from federation.types import ClientUpdate
+from producers.local import moments as moments_of
 from producers.local import payload as payload_of
 from producers.work import training_seed
 from storage.tensors import TensorFile, from_arrays
+from tasks.state import state_file
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class _Finish:
     order: int
     site: Site = field(compare=False)
     base: TensorFile = field(compare=False)
+    shared: OptimizerState | None = field(compare=False)
     base_version: int = field(compare=False)
     attempt: int = field(compare=False)
 
@@ -103,7 +106,7 @@ def federate(
             attempt = attempts[site.name, version]
             attempts[site.name, version] += 1
             finish = now + spec.plan.steps_for(site.dataset.num_examples) * site.step_time
-            heapq.heappush(running, _Finish(finish, order, site, model, version, attempt))
+            heapq.heappush(running, _Finish(finish, order, site, model, state, version, attempt))
             order += 1
         done = heapq.heappop(running)
         now = done.time
@@ -161,16 +164,19 @@ def _train(
     spec: JobSpec, run: _Finish, moments: engine.OptimizerState | None
 ) -> tuple[ClientUpdate, TensorFile, engine.OptimizerState]:
     """The site's update, as `producers.work` makes it, and the state of its optimiser."""
+    weights = run.base.arrays()
+    if spec.plan.shared_moments and run.shared is not None:
+        weights |= moments_of(run.base.layout, state_file(run.shared))
     trained = engine.train(
         spec,
-        run.base.arrays(),
+        weights,
         run.site.dataset,
         seed=training_seed(spec.plan.seed, run.site.name, run.base_version, run.attempt),
         progress=spec.progress(run.base_version),
         optimizer_state=moments if spec.plan.optimizer_state == "kept" else None,
+        steps_before=run.base_version * spec.plan.steps_for(run.site.dataset.num_examples),
     )
-    kind = spec.aggregation.payload_kind
-    sent = payload_of(kind, run.base, trained.weights)
+    sent = payload_of(spec, run.base, trained.weights)
     update_id = new_update_id()
     update = ClientUpdate(
         update_id=update_id,
@@ -178,7 +184,7 @@ def _train(
         site=run.site.name,
         base_version=run.base_version,
         num_examples=trained.num_examples,
-        payload_kind=kind,
+        payload_kind=spec.aggregation.payload_kind,
         payload_key=update_key(spec.id, run.site.name, update_id),
         payload_sha256=hashlib.sha256(sent.flat.tobytes()).hexdigest(),
         payload_bytes=sent.flat.nbytes,

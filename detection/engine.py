@@ -1,8 +1,9 @@
 """Local training: from a model version to a client update, and nothing of the images leaves.
 
-Every call starts from the weights that it is given, with a fresh optimiser or with the moments that the site's last
-call ended with. On the CPU the result is a pure function of (spec, weights, dataset, seed, progress, optimizer_state):
-the same bytes every time on the same machine and thread count. A GPU promises less.
+Every call starts from the weights that it is given, with a fresh optimiser, with the moments that the site's last
+call ended with, or with those of the version, which lie among the weights (federation.layout). On the CPU the result
+is a pure function of (spec, weights, dataset, seed, progress, optimizer_state, steps_before): the same bytes every time
+on the same machine and thread count. A GPU promises less.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from detection import moments
 from detection.augment import Target, batch
 from detection.dataset import Dataset
 from detection.threads import is_out_of_memory, keep_freed_memory
@@ -62,7 +64,7 @@ class StepReport:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A finished local training: the full state, the images behind it, and how it went."""
+    """A finished local training: the full state, with moments if the plan shares them, and how it went."""
 
     weights: Arrays
     num_examples: int
@@ -80,6 +82,7 @@ def train(
     progress: tuple[float, float],
     steps: int | None = None,
     optimizer_state: OptimizerState | None = None,
+    steps_before: int = 0,
     on_step: Callable[[StepReport], None] | None = None,
     duty: float = 1.0,
     device: torch.device | str = "cpu",
@@ -90,7 +93,9 @@ def train(
     progress: how far the job is, 0..1, at the first step and after the last (`JobSpec.progress`), for the
         learning-rate schedule.
     steps: gradient steps; default what the plan says for so many images.
-    optimizer_state: what an earlier training of this job returned; there is no warm-up then. None: a fresh one.
+    optimizer_state: what an earlier training of this job returned; there is no warm-up then. None: a fresh one, or if
+        the plan shares moments, those among `weights`.
+    steps_before: gradient steps that shared moments have seen, for Adam's correction of their beginning at 0.
     duty: share of the time, 0 < duty ≤ 1, that may be computed; after each step the rest is slept.
 
     Raises Diverged when the loss or a weight is no longer finite, OutOfMemory, BadPayload if `weights` are not
@@ -104,7 +109,9 @@ def train(
     total = spec.plan.steps_for(dataset.num_examples) if steps is None else steps
     where = torch.device(device)
     try:
-        return _train(spec, weights, dataset, seed, progress, total, optimizer_state, on_step, duty, where)
+        return _train(
+            spec, weights, dataset, seed, progress, total, optimizer_state, steps_before, on_step, duty, where
+        )
     except (MemoryError, RuntimeError) as exc:
         if not is_out_of_memory(exc):
             raise
@@ -125,6 +132,7 @@ def _train(
     progress: tuple[float, float],
     steps: int,
     optimizer_state: OptimizerState | None,
+    steps_before: int,
     on_step: Callable[[StepReport], None] | None,
     duty: float,
     device: torch.device,
@@ -132,13 +140,14 @@ def _train(
     plan = spec.plan
     keep_freed_memory()
     module = module_for(spec)
-    load_state(module, weights)
+    tensors, shared = moments.apart(weights)
+    load_state(module, tensors)
     module.to(device)
     began = time.perf_counter()
     start, end = progress
 
     def rate(step: int) -> float:
-        warmed_up = 0 if optimizer_state is None else plan.warmup_steps
+        warmed_up = plan.warmup_steps if shared or optimizer_state is not None else 0
         return learning_rate(plan, warmed_up + step, start + (end - start) * step / steps)
 
     # the samplers of Faster R-CNN draw from torch's global generator
@@ -148,10 +157,14 @@ def _train(
         module.train()
         freeze(module, plan)
         optimizer = _optimizer([p for p in module.parameters() if p.requires_grad], plan, optimizer_state)
+        if shared:
+            moments.give(optimizer, module, plan, shared, steps_before)
         losses = _train_steps(module, optimizer, dataset, plan, steps, rng, rate, on_step, duty, device)
     trained = state(module)
     if not all(np.isfinite(array).all() for array in trained.values()):
         raise Diverged(f"a weight is not finite after {steps} steps: lower the plan's learning_rate")
+    if plan.shared_moments:
+        trained |= moments.take(optimizer, module, plan, trained)
     metrics = {
         "loss": float(np.mean(losses[-10:])) if losses else 0.0,
         "steps": float(steps),

@@ -97,9 +97,10 @@ class TrainingPlan(Value):
     optimizer: Literal["adamw", "sgd"] = "adamw"
     learning_rate: float = Field(default=2e-3, gt=0, le=10, description="peak learning rate")
     momentum: float = Field(default=0.9, ge=0, lt=1, description="sgd")
-    optimizer_state: Literal["fresh", "kept"] = Field(
+    optimizer_state: Literal["fresh", "kept", "shared"] = Field(
         default="fresh",
-        description="at the start of an update: none, or what the site's last update ended with; it never travels",
+        description="at the start of an update: none | what the site's last update ended with, which never travels | "
+        "that of the version, merged from the sites' as the weights are",
     )
     nesterov: bool = Field(default=False, description="sgd")
     weight_decay: float = Field(default=0.02, ge=0, le=1, description="on matrices and kernels only")
@@ -139,6 +140,13 @@ class TrainingPlan(Value):
             return self.local_steps
         return max(1, ceil(self.local_epochs * num_examples / self.batch_size))
 
+    @property
+    def shared_moments(self) -> int:
+        """How many moments of each parameter travel with an update: none, or 1 (sgd), or 2 (adamw)."""
+        if self.optimizer_state != "shared":
+            return 0
+        return 2 if self.optimizer == "adamw" else 1
+
     def freezes(self, name: str) -> bool:
         """Whether tensor `name` is one of `freeze` or belongs to such a layer."""
         return any(f"{name}.".startswith(f"{layer}.") for layer in self.freeze)
@@ -147,6 +155,8 @@ class TrainingPlan(Value):
     def _check(self) -> Self:
         if self.nesterov and (self.optimizer != "sgd" or self.momentum == 0):
             raise ValueError("nesterov is a kind of momentum: set optimizer = 'sgd' and momentum above 0")
+        if self.optimizer_state == "shared" and self.optimizer == "sgd" and self.momentum == 0:
+            raise ValueError("sgd without momentum has no state to share: set momentum above 0")
         return self
 
     @field_validator("augmentation", mode="before")
@@ -366,6 +376,11 @@ class JobSpec(Value):
             yield "participation.min_sites: more than there are participants, so nobody would ever train"
         if fedavg and self.participation.mode == "invited":
             yield "participation.mode: fedavg waits for every participant, so it cannot choose among them"
+        if self.plan.shared_moments and self.aggregation.server_optimizer is not None:
+            yield (
+                "plan.optimizer_state: shared moments and aggregation.server_optimizer are two optimisers for one"
+                " model: leave one out"
+            )
         needs = {
             "stop.target": self.stop.target,
             "stop.patience": self.stop.patience,

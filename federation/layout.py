@@ -11,6 +11,10 @@ So all floats are one contiguous vector `flat` of W+2S numbers, which a merge ca
 tensor, and the statistics rule is arithmetic on two equal slices. A running mean and its variance are
 recognised by their names, `<layer>.running_mean` and `<layer>.running_var`, and must come as a pair of the
 same shape. Only F32 and I64 are exchanged.
+
+Where sites share the state of their optimisers, a payload holds between the parameters and the means, for each of the
+W numbers, its first moment and, for Adam, its second: tensors `<parameter>.exp_avg` and `<parameter>.exp_avg_sq`, as
+torch names them, each stretch in the order of the parameters. A model holds none: they lie in a file beside it.
 """
 
 from __future__ import annotations
@@ -31,6 +35,11 @@ ITEM_BYTES: dict[str, int] = {"F32": 4, "I64": 8}
 MEAN_SUFFIX = ".running_mean"
 VARIANCE_SUFFIX = ".running_var"
 COUNTER_SUFFIX = ".num_batches_tracked"
+MOMENT_SUFFIXES = (".exp_avg", ".exp_avg_sq")
+"""Of the first and the second moment of a parameter's gradient, as torch names them."""
+
+
+_FLOAT_STRETCHES = (*MOMENT_SUFFIXES, MEAN_SUFFIX, VARIANCE_SUFFIX)
 
 
 class TensorSpec(Value):
@@ -59,7 +68,8 @@ class Layout(Value):
     def of(cls, specs: Iterable[TensorSpec]) -> Layout:
         """Sort `specs` into canonical order.
 
-        Raises BadPayload for a name given twice, or a running mean and variance that are no pair.
+        Raises BadPayload for a name given twice, a running mean and variance that are no pair, or moments that are
+        not those of all parameters.
         """
         by_name: dict[str, TensorSpec] = {}
         for spec in specs:
@@ -73,12 +83,34 @@ class Layout(Value):
             other = by_name.get(partner)
             if other is None or other.shape != spec.shape or other.dtype != "F32":
                 raise BadPayload(f"{name!r} needs {partner!r} of the same type and shape beside it", "layout")
+        _check_moments(by_name)
         return cls(tensors=tuple(sorted(by_name.values(), key=_canonical_order)))
+
+    def with_moments(self, count: int) -> Layout:
+        """The layout of a payload that holds `count` moments, 0, 1 or 2, of every parameter besides."""
+        if not count:
+            return self
+        moments = [
+            TensorSpec(name=t.name + suffix, dtype="F32", shape=t.shape)
+            for suffix in MOMENT_SUFFIXES[:count]
+            for t in self.parameters
+        ]
+        return Layout.of([*self.tensors, *moments])
+
+    @cached_property
+    def parameters(self) -> tuple[TensorSpec, ...]:
+        """Those of the first stretch, W numbers in all."""
+        return tuple(t for t in self.tensors if _is_parameter(t))
 
     @cached_property
     def weight_count(self) -> int:
         """W: float32 numbers that are mixed as weights."""
-        return sum(t.size for t in self.tensors if t.dtype == "F32" and not is_statistic(t.name))
+        return sum(t.size for t in self.parameters)
+
+    @cached_property
+    def moments(self) -> int:
+        """How many moments of each parameter there are: 0, and in a payload up to 2."""
+        return sum(any(t.name.endswith(suffix) for t in self.tensors) for suffix in MOMENT_SUFFIXES)
 
     @cached_property
     def statistic_count(self) -> int:
@@ -87,8 +119,8 @@ class Layout(Value):
 
     @cached_property
     def float_count(self) -> int:
-        """W + 2S."""
-        return self.weight_count + 2 * self.statistic_count
+        """W + 2S, and with the moments of a payload up to 3W + 2S."""
+        return (1 + self.moments) * self.weight_count + 2 * self.statistic_count
 
     @cached_property
     def int_count(self) -> int:
@@ -134,6 +166,30 @@ def is_statistic(name: str) -> bool:
     return name.endswith((MEAN_SUFFIX, VARIANCE_SUFFIX))
 
 
+def is_moment(name: str) -> bool:
+    """True for a moment of an optimiser."""
+    return name.endswith(MOMENT_SUFFIXES)
+
+
+def _is_parameter(spec: TensorSpec) -> bool:
+    return spec.dtype == "F32" and not is_statistic(spec.name) and not is_moment(spec.name)
+
+
+def _check_moments(by_name: dict[str, TensorSpec]) -> None:
+    """Raises BadPayload unless there are moments of all parameters or none, and second ones only beside first ones."""
+    parameters = [spec for spec in by_name.values() if _is_parameter(spec)]
+    earlier = True
+    for suffix in MOMENT_SUFFIXES:
+        found = {name: spec for name, spec in by_name.items() if name.endswith(suffix)}
+        wanted = {p.name + suffix: p.model_copy(update={"name": p.name + suffix}) for p in parameters}
+        if found and not (earlier and found == wanted):
+            raise BadPayload(
+                f"tensors {suffix!r}: a moment is of every parameter, in its shape, and a second one follows a first",
+                "layout",
+            )
+        earlier = bool(found)
+
+
 def _partner(name: str) -> str | None:
     if name.endswith(MEAN_SUFFIX):
         return name.removesuffix(MEAN_SUFFIX) + VARIANCE_SUFFIX
@@ -144,10 +200,9 @@ def _partner(name: str) -> str | None:
 
 def _canonical_order(spec: TensorSpec) -> tuple[int, str]:
     if spec.dtype == "I64":
-        return 3, spec.name
-    # by the layer's name, so that both statistics of a layer have the same place in their block
-    if spec.name.endswith(MEAN_SUFFIX):
-        return 1, spec.name.removesuffix(MEAN_SUFFIX)
-    if spec.name.endswith(VARIANCE_SUFFIX):
-        return 2, spec.name.removesuffix(VARIANCE_SUFFIX)
+        return len(_FLOAT_STRETCHES) + 1, spec.name
+    # by the layer's or parameter's name, so that what belongs together has the same place in each stretch
+    for place, suffix in enumerate(_FLOAT_STRETCHES, 1):
+        if spec.name.endswith(suffix):
+            return place, spec.name.removesuffix(suffix)
     return 0, spec.name

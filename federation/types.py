@@ -274,7 +274,7 @@ class Remembered(Value):
 
 
 class ModelVersion(Value):
-    """An immutable global model: the exchanged tensors, and the server optimiser's state beside them."""
+    """An immutable global model: the exchanged tensors, and the optimiser's state beside them."""
 
     version: int = Field(ge=0, le=MAX_VERSION)
     model: ModelRef

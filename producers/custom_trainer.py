@@ -29,7 +29,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from federation import plugins
 from federation.base import describe
-from federation.errors import BadPayload, BadSettings, FedqueueError, Rejected
+from federation.errors import BadJob, BadPayload, BadSettings, FedqueueError, Rejected
 from federation.jobs import JobSpec, TrainingPlan
 from federation.types import Metrics
 from producers.trainer import Progress
@@ -92,7 +92,12 @@ class CustomTraining:
         return cls(name, trainer)
 
     def prepare(self, spec: JobSpec) -> None:
-        """The trainer's data are its own business."""
+        """The trainer's data are its own business. Raises BadJob if the job's sites share their optimisers' state."""
+        if spec.plan.shared_moments:
+            raise BadJob(
+                f"trainer {self.name} tells nothing of its optimiser, and this job's sites share theirs: a job that"
+                ' custom trainers take part in needs plan.optimizer_state = "fresh" or "kept"'
+            )
         log.info("architecture %s, trained by %s", spec.arch, self.name)
 
     @property

@@ -148,6 +148,7 @@ class DetectionTrainer:
                 seed=seed,
                 progress=spec.progress(base_version),
                 optimizer_state=self._optimizer_state if spec.plan.optimizer_state == "kept" else None,
+                steps_before=base_version * steps,
                 duty=self.duty,
                 device=self.device,
                 on_step=lambda report: on_progress(

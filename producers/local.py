@@ -15,7 +15,9 @@ from typing import Any
 from numpy.typing import NDArray
 
 from federation.errors import BadPayload, StoreUnavailable
-from federation.jobs import Job, ModelRef, PayloadKind
+from federation.jobs import Job, JobSpec, ModelRef
+from federation.layout import MOMENT_SUFFIXES, Layout, is_moment
+from federation.types import ModelVersion
 from storage.blob import BlobStore
 from storage.files import replace_durably
 from storage.models import ModelCache
@@ -26,19 +28,41 @@ Arrays = dict[str, NDArray[Any]]
 NORM_FILE = "norm.safetensors"
 
 
-def payload(kind: PayloadKind, version: TensorFile, trained: Mapping[str, NDArray[Any]]) -> TensorFile:
-    """The exchanged tensors of weights `trained` that started from `version`.
+def payload(spec: JobSpec, version: TensorFile, trained: Mapping[str, NDArray[Any]]) -> TensorFile:
+    """The exchanged tensors of weights `trained` that started from `version`, with moments if the job shares them.
 
-    The weights themselves, or for "difference" their difference to `version`; running statistics and integers
-    always as values.
+    The weights themselves, or for "difference" their difference to `version`; moments, running statistics and
+    integers always as values. Raises BadPayload if a tensor is missing.
     """
-    exchanged = from_arrays({t.name: trained[t.name] for t in version.layout.tensors})
-    if kind == "weights":
+    layout = version.layout.with_moments(spec.plan.shared_moments)
+    for tensor in layout.tensors:
+        if tensor.name not in trained:
+            raise BadPayload(f"training returned no tensor {tensor.name!r}, which this job's sites send")
+    exchanged = from_arrays({t.name: trained[t.name] for t in layout.tensors})
+    if spec.aggregation.payload_kind == "weights":
         return exchanged
-    weights = version.layout.weight_count
+    weights = layout.weight_count
     flat = exchanged.flat.copy()
     flat[:weights] -= version.flat[:weights]
-    return TensorFile(version.layout, flat, exchanged.ints)
+    return TensorFile(layout, flat, exchanged.ints)
+
+
+def moments(layout: Layout, state: TensorFile) -> Arrays:
+    """The moments of a version's parameters by name, from the file of its optimiser state. Raises BadPayload."""
+    stored = state.arrays()
+    found: Arrays = {}
+    for suffix, key in zip(MOMENT_SUFFIXES, ("m", "v"), strict=True):
+        if key not in stored:
+            continue
+        if stored[key].shape != (layout.weight_count,):
+            raise BadPayload(
+                f"optimiser state {key!r} has shape {stored[key].shape}, must have ({layout.weight_count},)"
+            )
+        at = 0
+        for parameter in layout.parameters:
+            found[parameter.name + suffix] = stored[key][at : at + parameter.size].reshape(parameter.shape)
+            at += parameter.size
+    return found
 
 
 def has_own_norm(job: Job, folder: Path) -> bool:
@@ -78,9 +102,15 @@ class LocalModel:
         """All tensors to start training from: the version's, ours where they stay here, else the initial."""
         return assemble(self.job, self.pull(self.job.initial), version, self.folder)
 
-    def payload(self, version: TensorFile, trained: Arrays) -> bytes:
+    def moments(self, of: ModelVersion, version: TensorFile) -> Arrays:
+        """What the job's optimisers know together at version `of`, to train on with; none before the first merge."""
+        if not self.job.spec.plan.shared_moments or of.server_state is None:
+            return {}
+        return moments(version.layout, self.pull(of.server_state))
+
+    def payload(self, version: TensorFile, trained: Arrays) -> TensorFile:
         """What to upload for weights `trained` that started from `version`."""
-        return bytes(encode(payload(self.job.spec.aggregation.payload_kind, version, trained)))
+        return payload(self.job.spec, version, trained)
 
     def keep_norm(self, version: TensorFile, trained: Arrays) -> None:
         """With norm policy `local`, store what this site does not send."""
@@ -88,6 +118,10 @@ class LocalModel:
             return
         exchanged = {t.name for t in version.layout.tensors}
         freezes = self.job.spec.plan.freezes  # what is frozen is in the initial model
-        own = {name: a for name, a in trained.items() if name not in exchanged and not freezes(name)}
+        own = {
+            name: array
+            for name, array in trained.items()
+            if name not in exchanged and not freezes(name) and not is_moment(name)
+        }
         if own:
             replace_durably(self.folder / NORM_FILE, bytes(encode(from_arrays(own))))

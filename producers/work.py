@@ -30,7 +30,7 @@ from producers.delivery import Courier
 from producers.evaluation import LocalEvaluation
 from producers.follow import Follower
 from producers.heartbeat import Heartbeat
-from producers.local import LocalModel
+from producers.local import Arrays, LocalModel
 from producers.outbox import Outbox
 from producers.problems import kind_of, public, words_of
 from producers.trainer import KnowsImages, Progress, Trained, Trainer
@@ -40,11 +40,12 @@ from storage.control import load_invitation
 from storage.log import VersionLog
 from storage.metered import MeteredStore
 from storage.models import ModelCache
-from storage.tensors import TensorFile, decode
+from storage.tensors import TensorFile, decode, encode
 
 log = logging.getLogger("fedqueue.site")
 
-CACHED_MODELS = 3
+CACHED_MODELS = 4
+"""The initial model, and two versions with the optimiser state of one."""
 RESYNC_EVERY = 5
 """Looks at the store happen at every control message, and without one at every so-many-th poll."""
 
@@ -174,8 +175,8 @@ class JobWork:
         offered, began_at = self._head.offered, datetime.now(UTC)
         self._base = base = offered.version
         heartbeat.update(state="pulling", job=self.job.id, base_version=base, detail="")
-        version = self._pull(offered)
-        weights = self._model.assemble(version)
+        version, moments = self._pull(offered)
+        weights = self._model.assemble(version) | moments
         heartbeat.update(state="training", step=0, steps=0, epoch=self._epochs)
         log.info("%s: training from version %d", self.job.id, base)
         attempt = self._attempts.get(base, 0)
@@ -192,8 +193,9 @@ class JobWork:
             )
             reach(Point.TRAINED)
             arrays = dict(trained.weights)
-            payload = self._model.payload(version, arrays)
-            decode(payload, version.layout)  # as the server will: it would refuse what is broken
+            sent = self._model.payload(version, arrays)
+            payload = bytes(encode(sent))
+            decode(payload, sent.layout)  # as the server will: it would refuse what is broken
         except (Rejected, MemoryError) as exc:
             dropped = self._dropped(exc)
         if dropped is not None:
@@ -206,10 +208,14 @@ class JobWork:
         self._outbox.put(update, payload)
         log.info("%s: update %s: finished, %s", self.job.id, update.update_id, _metrics(trained))
 
-    def _pull(self, offered: ModelVersion) -> TensorFile:
-        """The version that is offered. Raises Transient if it is gone because this site slept since it looked."""
+    def _pull(self, offered: ModelVersion) -> tuple[TensorFile, Arrays]:
+        """The version that is offered, and the moments that its job shares.
+
+        Raises Transient if it is gone because this site slept since it looked.
+        """
         try:
-            return self._model.pull(offered.model)
+            version = self._model.pull(offered.model)
+            return version, self._model.moments(offered, version)
         except (NotFound, AccessDenied) as exc:  # a site's account is not told which of the two it is
             if self._follower.look().offered != offered:
                 raise Transient(

@@ -208,7 +208,7 @@ class Audit:
         if before is None or current != before.head.current:
             self._expect(_model(current.model, seq, f"the model of version {current.version}"))
             if current.server_state is not None:
-                what = f"the server optimiser's state of version {current.version}"
+                what = f"the optimiser's state of version {current.version}"
                 self._expect(_model(current.server_state, seq, what))
         if isinstance(record.event, Published):
             for contribution in record.event.merged:

@@ -25,7 +25,7 @@ from pydantic import ValidationError
 
 from federation.base import describe
 from federation.errors import BadPayload
-from federation.layout import ITEM_BYTES, VARIANCE_SUFFIX, Layout, TensorSpec
+from federation.layout import ITEM_BYTES, MOMENT_SUFFIXES, VARIANCE_SUFFIX, Layout, TensorSpec
 
 MAX_HEADER_BYTES = 2 << 20
 """Room for some ten thousand tensors; parsing more would cost memory that a file has not earned."""
@@ -46,7 +46,7 @@ class TensorFile:
     """The tensors of one file as two flat vectors."""
 
     layout: Layout
-    flat: NDArray[np.float32]  # [W + 2S] (federation.layout)
+    flat: NDArray[np.float32]  # [W + 2S], a payload's up to [3W + 2S] (federation.layout)
     ints: NDArray[np.int64]  # [I]
 
     def __post_init__(self) -> None:
@@ -285,8 +285,13 @@ def _check_numbers(file: TensorFile) -> None:
         return
     # NaN and infinity propagate into both, which run many times faster than isfinite() of every number
     low, high = float(file.flat.min()), float(file.flat.max())
-    variances = file.flat[file.layout.float_count - file.layout.statistic_count :]
-    if low >= -MAX_MAGNITUDE and high <= MAX_MAGNITUDE and (not variances.size or variances.min() >= 0):
+    layout = file.layout
+    variances = file.flat[layout.float_count - layout.statistic_count :]
+    squares = (
+        file.flat[2 * layout.weight_count : 3 * layout.weight_count] if layout.moments == 2 else variances
+    )
+    positive = all(not part.size or part.min() >= 0 for part in (variances, squares))
+    if low >= -MAX_MAGNITUDE and high <= MAX_MAGNITUDE and positive:
         return
     for name, array in file.arrays().items():
         if array.dtype != _DTYPES["F32"] or not array.size:
@@ -295,5 +300,5 @@ def _check_numbers(file: TensorFile) -> None:
             raise BadPayload(f"tensor {_short(name)} holds NaN or infinity", "not-finite")
         if np.abs(array).max() > MAX_MAGNITUDE:
             raise BadPayload(f"tensor {_short(name)} holds numbers beyond ±{MAX_MAGNITUDE:g}", "out-of-range")
-        if name.endswith(VARIANCE_SUFFIX) and array.min() < 0:
+        if name.endswith((VARIANCE_SUFFIX, MOMENT_SUFFIXES[1])) and array.min() < 0:
             raise BadPayload(f"tensor {_short(name)} holds a negative variance", "negative-variance")

@@ -6,7 +6,7 @@ site_messages.py  what a site's message becomes
 context.py      what one process works with: settings, store, logs
 accept.py       fedqueue.accept_update     one update -> one log record
 publish.py      fedqueue.publish_version   all pending updates -> one model version
-state.py        the server optimiser's state, stored beside the model
+state.py        the optimiser's state, stored beside the model
 tell.py         hints to the sites, after the log has it
 evaluate.py     fedqueue.evaluate_version  one version -> metrics on the held-out set (torch, as in bundle.py)
 jobs.py         a job that is submitted: job description -> job.json and version 0

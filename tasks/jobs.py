@@ -20,7 +20,7 @@ from federation.errors import BadJob, BadPayload, NotFound
 from federation.governance import Announcement
 from federation.ids import is_name, is_update_id
 from federation.jobs import Job, JobSpec, ModelRef, read_spec
-from federation.layout import Layout
+from federation.layout import Layout, is_moment
 from federation.points import Point, reach
 from federation.requests import Answer, Request, SubmitJob
 from federation.types import SERVER, Head, ModelVersion
@@ -63,6 +63,13 @@ def submit(context: Context, request: Request) -> str:
             errors.append(f"{field}: {exc}")
     if files.keys() == {asked.initial, asked.first}:
         errors += _misfits(spec, files[asked.initial].layout, files[asked.first].layout)
+    if spec is not None and spec.plan.shared_moments:
+        needed, limit = _update_bytes(spec, asked.first), context.settings.max_update_bytes
+        if needed > limit:
+            errors.append(
+                f"plan.optimizer_state: with shared moments an update has up to {needed} bytes, and this server"
+                f" reads at most {limit}: use another state or a smaller model, or raise max_update_bytes at the server"
+            )
     if spec is None or errors:
         raise RequestRefused(*errors)
     models = {ref: save_model(context.store, spec.id, file) for ref, file in files.items()}
@@ -91,7 +98,7 @@ def create(
     job = Job(
         spec=spec,
         initial=initial,
-        max_update_bytes=min(first.nbytes + UPDATE_SLACK_BYTES, context.settings.max_update_bytes),
+        max_update_bytes=min(_update_bytes(spec, first), context.settings.max_update_bytes),
         submitted_by=submitted_by,
         request_id=request_id,
         created_at=datetime.now(UTC),
@@ -104,9 +111,14 @@ def create(
         job = existing
     reach(Point.JOB_WRITTEN)
     context.log(job.id).create(Head(current=ModelVersion(version=0, model=first), hold=first_hold(job)))
-    log.info("%s: created for %s, %d bytes per update", job.id, submitted_by, first.nbytes)
+    log.info("%s: created for %s, at most %d bytes per update", job.id, submitted_by, job.max_update_bytes)
     _make_known(context, job)
     return job
+
+
+def _update_bytes(spec: JobSpec, first: ModelRef) -> int:
+    """Of the largest update: as large as its version, and once more for each moment that travels with it."""
+    return first.nbytes * (1 + spec.plan.shared_moments) + UPDATE_SLACK_BYTES
 
 
 def discard_uploads(context: Context, request: Request, answer: Answer) -> None:
@@ -195,6 +207,9 @@ def _misfits(spec: JobSpec | None, initial: Layout, first: Layout) -> Iterator[s
     strange = [tensor.name for tensor in first.tensors if whole.get(tensor.name) != tensor]
     if strange:
         yield f"first: not in the initial model, or of another type or shape: {_some(strange)}"
+    reserved = [tensor.name for tensor in initial.tensors if is_moment(tensor.name)]
+    if reserved:
+        yield f"initial: names that are kept for the moments of optimisers: {_some(reserved)}"
     if not first.weight_count:
         yield "first: holds no weights, so there is nothing to train together"
     if spec is None:

@@ -110,13 +110,14 @@ def _fold(context: Context, job: Job, head: Head) -> _Folded:
     del model
     state = load_state(context.store, head.current.server_state)
     merge = Merge(job.spec, layout, flat, ints, version=head.version, state=state)
+    sent = layout.with_moments(job.spec.plan.shared_moments)
     refused: list[Refusal] = []
     for left, contribution in zip(range(len(head.pending), 0, -1), head.pending, strict=True):
         if merge.full or merge.needed > left:
             break
         update = contribution.update
         try:
-            payload = load_payload(context.store, update, layout, job.max_update_bytes)
+            payload = load_payload(context.store, update, sent, job.max_update_bytes)
         except BadPayload as exc:
             refused.append(_refusal(update, exc.reason, str(exc), head.version))
             continue

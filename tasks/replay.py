@@ -83,7 +83,7 @@ def replay(store: BlobStore, job_id: str, to: int | None = None) -> Iterator[Rep
 
 
 Snapshot = tuple[TensorFile, OptimizerState | None]
-"""A version's model, and the server optimiser's state beside it."""
+"""A version's model, and the optimiser's state beside it."""
 
 
 class _Differs(ValueError):
@@ -263,10 +263,11 @@ class Replay:
         """The new version, its model and state as recorded: made here, too, and the same."""
         model, recorded = self.model, record.head.current
         merge = Merge(self._job.spec, model.layout, model.flat, model.ints, self._state, before.version)
+        sent = model.layout.with_moments(self._job.spec.plan.shared_moments)
         for contribution in event.merged:
             update = contribution.update
             try:
-                payload = load_payload(self._store, update, model.layout, self._job.max_update_bytes)
+                payload = load_payload(self._store, update, sent, self._job.max_update_bytes)
             except BadPayload as exc:
                 raise _Differs(f"{exc}{self._advice(update.payload_key, record.seq)}") from exc
             merge.replay(contribution, payload.flat, payload.ints)
@@ -280,7 +281,7 @@ class Replay:
         self._digest = made.sha256
         _same("the model", recorded.model, made)
         _same(
-            "the server optimiser's state",
+            "the optimiser's state",
             recorded.server_state,
             save_state(scratch, self._job, result.state),
         )

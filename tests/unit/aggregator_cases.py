@@ -14,7 +14,7 @@ from aggregator.server_opt import OptimizerState
 from aggregator.transitions import accept
 from aggregator.weighting import assign
 from federation.ids import new_update_id
-from federation.jobs import AggregationPolicy, Job, JobSpec, ModelRef, StopRule
+from federation.jobs import AggregationPolicy, Job, JobSpec, ModelRef, StopRule, TrainingPlan
 from federation.keys import model_key, update_key
 from federation.layout import Layout, TensorSpec
 from federation.types import ClientUpdate, Head, ModelVersion
@@ -44,10 +44,12 @@ def make_spec(
     *,
     sites: tuple[str, ...] | None = SITES,
     max_versions: int = 1000,
+    plan: TrainingPlan | None = None,
     **policy: Any,
 ) -> JobSpec:
     return JobSpec(
         id=JOB,
+        plan=plan or TrainingPlan(),
         classes=("car",),
         participants=sites,
         aggregation=AggregationPolicy.model_validate({"strategy": strategy, **policy}),

@@ -17,8 +17,9 @@ import numpy as np
 from aggregator import transitions
 from broker.port import Handler
 from federation.ids import new_update_id
-from federation.jobs import AggregationPolicy, Job, JobSpec, StopRule
+from federation.jobs import AggregationPolicy, Job, JobSpec, StopRule, TrainingPlan
 from federation.keys import log_key
+from federation.layout import is_moment
 from federation.requests import Answer, Request, SteerJob, SteerModel, What
 from federation.settings import Settings
 from federation.types import (
@@ -61,6 +62,7 @@ POLICIES = {
     "fedbuff-fedavgm": {"strategy": "fedbuff", "buffer_size": 2, "server_optimizer": {"kind": "fedavgm"}},
     "fedbuff-fedadam": {"strategy": "fedbuff", "buffer_size": 2, "server_optimizer": {"kind": "fedadam"}},
     "fedbuff-fedyogi": {"strategy": "fedbuff", "buffer_size": 2, "server_optimizer": {"kind": "fedyogi"}},
+    "fedbuff-shared": {"strategy": "fedbuff", "buffer_size": 2},
     "fedavg": {"strategy": "fedavg", "server_learning_rate": 0.7},
     "fedavg-fedadam": {"strategy": "fedavg", "server_optimizer": {"kind": "fedadam"}},
 }
@@ -88,6 +90,7 @@ def worker(store: BlobStore) -> Context:
 
 def spec_of(policy: str, max_versions: int = 1000) -> JobSpec:
     return job_spec(
+        plan=TrainingPlan(optimizer_state="shared" if policy.endswith("-shared") else "fresh"),
         aggregation=AggregationPolicy.from_json(json.dumps(POLICIES[policy])),
         participants=SITES,
         stop=StopRule(max_versions=max_versions),
@@ -129,7 +132,12 @@ class ToyJob:
 
     def upload(self, **changes: Any) -> ClientUpdate:
         head = self.log.head().head
-        payload = payload_of(noisy_arrays(self.rng))
+        arrays = noisy_arrays(self.rng)
+        layout = from_arrays(arrays).layout.with_moments(self.job.spec.plan.shared_moments)
+        for tensor in layout.tensors:
+            if is_moment(tensor.name):  # of any size ≥ 0, which a second moment has to have
+                arrays[tensor.name] = np.abs(self.rng.normal(size=tensor.shape)).astype(np.float32)
+        payload = payload_of(arrays)
         values = {
             "base_version": head.version,
             "payload_kind": self.job.spec.aggregation.payload_kind,

@@ -108,9 +108,9 @@ def test_the_initial_second_moment_is_epsilon_squared() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "state", "message"),
     [
-        (None, OptimizerState(floats(0), None), "no server optimiser"),
-        ({"kind": "fedadam"}, OptimizerState(floats(0), None), "not a state of fedadam"),
-        ({"kind": "fedavgm"}, OptimizerState(floats(0), floats(0)), "not a state of fedavgm"),
+        (None, OptimizerState(floats(0), None), "neither a server optimiser"),
+        ({"kind": "fedadam"}, OptimizerState(floats(0), None), "first and second moments"),
+        ({"kind": "fedavgm"}, OptimizerState(floats(0), floats(0)), "first moments alone"),
         ({"kind": "fedavgm"}, OptimizerState(floats(0, 0), None), r"must be float32 \(1,\)"),
         ({"kind": "fedadam"}, OptimizerState(floats(0), np.zeros(1)), "must be float32"),  # type: ignore[arg-type]
     ],

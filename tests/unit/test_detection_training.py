@@ -637,6 +637,37 @@ def test_a_kept_optimiser_goes_on_where_it_was(optimizer: str, dataset: Dataset)
     assert all(step == 4 for step in steps)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_moments_that_travelled_do_what_moments_do_that_were_kept(optimizer: str, dataset: Dataset) -> None:
+    """One update after another, the state once in memory and once among the tensors."""
+    job = spec(optimizer=optimizer, learning_rate=1e-3, warmup_steps=2, schedule="constant")
+    shared = spec(
+        optimizer=optimizer,
+        learning_rate=1e-3,
+        warmup_steps=2,
+        schedule="constant",
+        optimizer_state="shared",
+    )
+    first = run(job, initial_state(job), dataset)
+    sent = run(shared, initial_state(job), dataset).weights
+    suffixes = (".exp_avg", ".exp_avg_sq") if optimizer == "adamw" else (".exp_avg",)
+    moments = {name: array for name, array in sent.items() if name.endswith(suffixes)}
+    tensors = {name: array for name, array in sent.items() if name not in moments}
+    assert same(tensors, first.weights)
+    assert from_arrays(sent).layout == from_arrays(tensors).layout.with_moments(len(suffixes))
+    assert all(np.abs(array).max() > 0 for name, array in moments.items() if "bbox_reg.weight" in name)
+    kept = run(job, first.weights, dataset, seed=2, optimizer_state=first.optimizer_state)
+    again = run(shared, sent, dataset, seed=2, steps_before=2).weights
+    assert same({name: array for name, array in again.items() if name in tensors}, kept.weights)
+
+
+def test_layers_that_are_not_trained_have_moments_of_zero(dataset: Dataset) -> None:
+    job = spec(norm="frozen", optimizer_state="shared")
+    weights = run(job, initial_state(job), dataset).weights
+    assert not weights["backbone.body.conv1.1.weight.exp_avg"].any()
+    assert weights["backbone.body.conv1.0.weight.exp_avg"].any()
+
+
 def test_a_kept_optimiser_is_not_warmed_up_again(dataset: Dataset) -> None:
     """SGD without momentum keeps nothing, so the rate alone is different."""
     job = spec(

@@ -54,6 +54,35 @@ def test_counts() -> None:
     assert layout.counter_slices == (slice(0, 1), slice(5, 6))
 
 
+def test_moments_lie_between_the_parameters_and_the_statistics() -> None:
+    layout = Layout.of(CANONICAL)
+    sent = layout.with_moments(2)
+    names = [tensor.name for tensor in sent.tensors]
+    parameters = ["a.weight", "b.bias", "z.weight"]
+    moments = [name + suffix for suffix in (".exp_avg", ".exp_avg_sq") for name in parameters]
+    assert names == parameters + moments + [tensor.name for tensor in CANONICAL[3:]]
+    assert sent.parameters == layout.parameters
+    assert (layout.moments, sent.moments, layout.with_moments(1).moments) == (0, 2, 1)
+    assert sent.weight_count == layout.weight_count == 11
+    assert sent.float_count == layout.float_count + 22
+    assert layout.with_moments(0) == layout
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        [f32("z.weight.exp_avg")],
+        [f32("a.weight.exp_avg", 2, 3), f32("b.bias.exp_avg", 4), f32("z.weight.exp_avg", 1)],
+        [f32("a.weight.exp_avg_sq", 2, 3), f32("b.bias.exp_avg_sq", 4), f32("z.weight.exp_avg_sq")],
+        [f32("other.exp_avg", 3)],
+    ],
+    ids=["of one", "of another shape", "second without first", "of nothing"],
+)
+def test_moments_of_some_parameters_alone_are_refused(odd: list[TensorSpec]) -> None:
+    with pytest.raises(BadPayload, match="a moment is of every parameter"):
+        Layout.of([*CANONICAL, *odd])
+
+
 def test_means_and_variances_of_a_layer_have_the_same_place_in_their_blocks() -> None:
     """Even where the names sort differently with their suffixes: "a" < "a.b", but "a.running" > "a.b.running"."""
     layers = ["a", "a.b", "a-b", "a0", "a.running_mean_x", "A", "ä"]

@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from federation.errors import StoreUnavailable
+from federation.errors import BadPayload, StoreUnavailable
 from federation.jobs import AggregationPolicy, Job, ModelRef, TrainingPlan
+from federation.types import ModelVersion
 from producers.local import LocalModel
 from storage.memory import MemoryStore
 from storage.models import ModelCache, save_model
@@ -19,9 +20,15 @@ from tests.factories import Arrays, job_spec, toy_arrays
 NORM = [name for name in toy_arrays() if name.startswith("norm.")]
 
 
-def site(folder: Path, store: MemoryStore, norm: str = "average", strategy: str = "fedasync") -> LocalModel:
+def site(
+    folder: Path,
+    store: MemoryStore,
+    norm: str = "average",
+    strategy: str = "fedasync",
+    optimizer_state: str = "fresh",
+) -> LocalModel:
     spec = job_spec(
-        plan=TrainingPlan.from_json(f'{{"norm": "{norm}"}}'),
+        plan=TrainingPlan.from_json(f'{{"norm": "{norm}", "optimizer_state": "{optimizer_state}"}}'),
         aggregation=AggregationPolicy.from_json(f'{{"strategy": "{strategy}"}}'),
     )
     initial = save_model(store, "toy", from_arrays(toy_arrays(0.0)))
@@ -56,7 +63,7 @@ def test_norm_layers_that_stay_home_are_kept_only_where_they_are_the_sites_own(
     first = model.pull(version(store, exchanged(2.0, norm)))
     trained = toy_arrays(5.0)
     model.keep_norm(first, trained)
-    payload = decode(model.payload(first, trained))
+    payload = model.payload(first, trained)
     assert sorted(payload.arrays()) == sorted(exchanged(0.0, norm))  # no norm tensor leaves the site
     again = site(tmp_path, store, norm).assemble(first)
     assert again["norm.weight"].flat[0] == kept
@@ -67,12 +74,49 @@ def test_fedbuff_uploads_differences_of_weights_and_values_of_statistics(tmp_pat
     store = MemoryStore()
     model = site(tmp_path, store, strategy="fedbuff")
     base = model.pull(version(store, toy_arrays(2.0)))
-    payload = decode(model.payload(base, toy_arrays(5.0))).arrays()
+    payload = model.payload(base, toy_arrays(5.0)).arrays()
     assert payload["conv.weight"].flat[0] == 3.0
     assert payload["norm.running_mean"].flat[0] == 5.0
     assert payload["norm.running_var"].flat[0] == 6.0
     assert int(payload["norm.num_batches_tracked"]) == 5
     assert base.arrays()["conv.weight"].flat[0] == 2.0  # the base itself is unchanged
+
+
+def test_moments_come_from_the_versions_state_and_travel_as_values(tmp_path: Path) -> None:
+    store = MemoryStore()
+    model = site(tmp_path, store, strategy="fedbuff", optimizer_state="shared")
+    base = model.pull(version(store, toy_arrays(2.0)))
+    stored = ModelVersion(version=1, model=version(store, toy_arrays(2.0)))
+    assert model.moments(stored, base) == {}, "nobody has any before the first merge"
+    count = base.layout.weight_count
+    state = {"m": np.arange(count, dtype=np.float32), "v": np.arange(count, dtype=np.float32) * 2}
+    stored = stored.model_copy(update={"server_state": save_model(store, "toy", from_arrays(state))})
+    moments = model.moments(stored, base)
+    assert {name: array.shape for name, array in moments.items()} == {
+        name + suffix: toy_arrays()[name].shape
+        for name in ("conv.weight", "norm.bias", "norm.weight")
+        for suffix in (".exp_avg", ".exp_avg_sq")
+    }
+    weights = model.assemble(base) | moments
+    trained = {name: np.asarray(array + np.ones((), array.dtype)) for name, array in weights.items()}
+    sent = model.payload(base, trained)
+    assert sent.layout == base.layout.with_moments(2)
+    assert np.array_equal(sent.flat[:count], np.ones(count)), "the difference of the weights"
+    assert np.array_equal(sent.flat[count : 2 * count], state["m"] + 1)
+    assert np.array_equal(sent.flat[2 * count : 3 * count], state["v"] + 1)
+    model.keep_norm(base, trained)
+    assert not (tmp_path / "norm.safetensors").exists()
+    short = save_model(store, "toy", from_arrays({"m": np.zeros(3, np.float32)}))
+    with pytest.raises(BadPayload, match=r"must have \(80,\)"):
+        model.moments(stored.model_copy(update={"server_state": short}), base)
+
+
+def test_a_trainer_that_returns_no_moments_has_no_update_to_send(tmp_path: Path) -> None:
+    store = MemoryStore()
+    model = site(tmp_path, store, optimizer_state="shared")
+    base = model.pull(version(store, toy_arrays(2.0)))
+    with pytest.raises(BadPayload, match=r"conv\.weight\.exp_avg"):
+        model.payload(base, toy_arrays(5.0))
 
 
 def test_a_broken_download_is_an_outage_not_the_end(tmp_path: Path) -> None:
@@ -98,6 +142,6 @@ def test_frozen_layers_come_from_the_initial_model_and_are_kept_nowhere_else(tmp
     trained = {**toy_arrays(5.0), "head.weight": np.full(3, 3.0, np.float32)}
     model.keep_norm(base, trained)
     assert decode((tmp_path / "norm.safetensors").read_bytes()).arrays().keys() == set(NORM)
-    assert decode(model.payload(base, trained)).arrays().keys() == {"head.weight"}
+    assert model.payload(base, trained).arrays().keys() == {"head.weight"}
     again = model.assemble(base)
     assert [again[n].flat[0] for n in ("conv.weight", "norm.weight", "head.weight")] == [0.0, 5.0, 2.0]

@@ -252,6 +252,18 @@ def test_a_negative_variance_is_refused() -> None:
     assert caught.value.reason == "negative-variance"
 
 
+def test_a_negative_second_moment_is_refused() -> None:
+    """Other sites would take its root."""
+    moments = {"w.exp_avg": np.array([-1, 2], np.float32), "w.exp_avg_sq": np.array([1, 2], np.float32)}
+    tensors = {"w": np.zeros(2, np.float32), "n.running_mean": np.zeros(1, np.float32)} | moments
+    tensors["n.running_var"] = np.ones(1, np.float32)
+    assert decode(encode(from_arrays(tensors))).layout.moments == 2
+    tensors["w.exp_avg_sq"][1] = -1e-9
+    with pytest.raises(BadPayload, match=r"w\.exp_avg_sq") as caught:
+        decode(encode(from_arrays(tensors)))
+    assert caught.value.reason == "negative-variance"
+
+
 def test_numbers_between_addresses_are_read() -> None:
     """A foreign header may have any length, and an odd number of floats leaves the integers unaligned."""
     header = {"b": entry([3], 0, 12), "a": entry([1], 12, 20, "I64")}
