@@ -71,8 +71,19 @@ class Selection:
     passed_over: Mapping[str, str]
 
 
-def select(candidates: Sequence[Candidate], policy: Participation) -> Selection:
-    """Fill the free ones of `policy.concurrency` slots. The same candidates in any order give the same result."""
+def free_slots(policy: Participation, invited: int, unmerged: int) -> int:
+    """How many may be invited, while `invited` hold an invitation and `unmerged` updates wait to be merged."""
+    free = policy.concurrency - invited
+    if policy.max_in_flight is not None:
+        free = min(free, policy.max_in_flight - invited - unmerged)
+    return max(0, free)
+
+
+def select(candidates: Sequence[Candidate], policy: Participation, unmerged: int = 0) -> Selection:
+    """Fill the free ones of `policy.concurrency` slots. The same candidates in any order give the same result.
+
+    unmerged: updates of the job that wait to be merged.
+    """
     passed_over = {c.site: why for c in candidates if (why := _why_not(c, policy))}
     weight = weights(candidates, policy)
 
@@ -81,7 +92,7 @@ def select(candidates: Sequence[Candidate], policy: Participation) -> Selection:
         return -waited * weight[candidate.site], -weight[candidate.site], candidate.site
 
     ranked = sorted((c for c in candidates if c.site not in passed_over), key=rank)
-    free = max(0, policy.concurrency - sum(c.invited for c in candidates))
+    free = free_slots(policy, sum(c.invited for c in candidates), unmerged)
     for place, candidate in enumerate(ranked[free:], 1):
         passed_over[candidate.site] = f"number {place} of those that wait for a slot"
     return Selection(tuple(c.site for c in ranked[:free]), passed_over)

@@ -34,10 +34,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from aggregator.weighting import group_size
 from benchmarks.simulation import Site, federate
 from federation.jobs import (
     AggregationPolicy,
     JobSpec,
+    Participation,
     StopRule,
     TrainingPlan,
 )
@@ -49,17 +51,17 @@ COMPANIES = ("A", "B", "C")
 DEVICES = tuple(f"{i:02d}" for i in range(1, 21))
 SEEDS = (0, 1, 2)
 SLOWER = 10.0
-EVALUATIONS = 10
+EVALUATIONS = 20
 """Points of each curve, the last version among them."""
 
 TOTAL_STEPS = 6000
 PLAN = TrainingPlan(
-    image_size=256,
+    image_size=192,
     batch_size=4,
-    local_steps=10,
+    local_steps=5,
     learning_rate=2e-3,
     warmup_steps=10,
-    optimizer_state="kept",
+    optimizer_state="shared",
 )
 FEDERATED_LEARNING_RATE = 3e-3
 """A version is the mean of several updates, and so takes steps that are shorter and less noisy: like a larger batch,
@@ -67,11 +69,13 @@ that allows a higher rate."""
 ASYNC = AggregationPolicy(strategy="fedbuff", buffer_size=2, weight_by_examples=True)
 """Two of three companies: one slow company is not waited for. Central training, too, sees a company as often as it has
 images."""
-ASYNC_INVITED = AggregationPolicy(strategy="fedbuff", buffer_size=2)
+DEVICES_LOCAL_STEPS, DEVICES_NORM_FIXED_FROM = 2, 0.15
+"""A device has one or two cameras: with more steps it drifts towards them, and its batches' statistics are theirs."""
+DEVICES_ASYNC = AggregationPolicy(strategy="fedbuff", buffer_size=4)
 """The server's choice of sites goes by their images already: weighting by them as well would count them twice."""
+DEVICES_TURNS = Participation(mode="invited", concurrency=5, max_in_flight=5)
+"""Of the twenty devices five are busy, one more than a version takes: so nobody waits for the slowest."""
 SYNC = AggregationPolicy(strategy="fedavg")
-TRAINING_AT_ONCE = 4
-"""Of the twenty devices: so many are busy at one time, as an operator's choice of sites would have it."""
 GAP_TARGETS = {"async": 0.02, "sites20": 0.03}
 """Largest distance in mAP@0.5 from `central`."""
 TARGET_SHARE = 0.9
@@ -91,7 +95,6 @@ class Row:
     steps: int
     step_times: dict[str, float] = field(default_factory=dict)
     """Virtual time of a gradient step of the sites that are not of speed 1."""
-    concurrency: int | None = None
 
     @property
     def settings(self) -> str:
@@ -115,47 +118,48 @@ def rows(seed: int) -> Iterator[Row]:
     """All rows of the table for one seed."""
     slow = COMPANIES[seed % len(COMPANIES)].lower()
     companies = tuple(f"sites3/{name}.json" for name in COMPANIES)
-    yield Row("central", seed, ("train.json",), _spec(seed, None, TOTAL_STEPS), TOTAL_STEPS)
+    yield Row("central", seed, ("train.json",), _alone(seed, TOTAL_STEPS), TOTAL_STEPS)
     for name in COMPANIES:
         one = f"alone-{name.lower()}"
         steps = TOTAL_STEPS // len(COMPANIES)
-        yield Row(one, seed, (f"sites3/{name}.json",), _spec(seed, None, steps), steps)
-    merged = _spec(seed, ASYNC, TOTAL_STEPS)
+        yield Row(one, seed, (f"sites3/{name}.json",), _alone(seed, steps), steps)
+    merged = _federated(seed, ASYNC)
     yield Row("async", seed, companies, merged, TOTAL_STEPS)
     yield Row("slow", seed, companies, merged, TOTAL_STEPS, {slow: SLOWER})
     devices = tuple(f"sites20/{name}.json" for name in DEVICES)
-    yield Row(
-        "sites20",
+    turns = _federated(
         seed,
-        devices,
-        _spec(seed, ASYNC_INVITED, TOTAL_STEPS),
-        TOTAL_STEPS,
-        concurrency=TRAINING_AT_ONCE,
+        DEVICES_ASYNC,
+        participation=DEVICES_TURNS,
+        plan={"local_steps": DEVICES_LOCAL_STEPS, "norm_fixed_from": DEVICES_NORM_FIXED_FROM},
     )
-    rounds = _spec(seed, SYNC, TOTAL_STEPS, tuple(name.lower() for name in COMPANIES))
+    yield Row("sites20", seed, devices, turns, TOTAL_STEPS)
+    rounds = _federated(seed, SYNC, participants=tuple(name.lower() for name in COMPANIES))
     yield Row("fedavg-slow", seed, companies, rounds, TOTAL_STEPS, {slow: SLOWER})
 
 
-def _spec(
-    seed: int, aggregation: AggregationPolicy | None, steps: int, participants: tuple[str, ...] | None = None
+def _alone(seed: int, steps: int) -> JobSpec:
+    """One training of `steps` in a piece, with one optimiser and one warm-up."""
+    plan = PLAN.model_copy(update={"seed": seed, "local_steps": steps, "optimizer_state": "fresh"})
+    return JobSpec(id="street", classes=CLASSES, plan=plan)
+
+
+def _federated(
+    seed: int, aggregation: AggregationPolicy, plan: dict[str, Any] | None = None, **more: Any
 ) -> JobSpec:
-    """`aggregation` None: one training of `steps` in a piece, with one optimiser and one warm-up."""
-    if aggregation is None:
-        return JobSpec(
-            id="street", classes=CLASSES, plan=PLAN.model_copy(update={"seed": seed, "local_steps": steps})
-        )
-    per_version = {"fedasync": 1, "fedbuff": aggregation.buffer_size, "fedavg": len(participants or ())}
-    versions = steps // (PLAN.local_steps * per_version[aggregation.strategy])
-    return JobSpec(
+    """TOTAL_STEPS over all sites. plan: what is not as in PLAN."""
+    changes = {"seed": seed, "learning_rate": FEDERATED_LEARNING_RATE} | (plan or {})
+    # a site that went on before its last update is merged would push the same way twice
+    spec = JobSpec(
         id="street",
         classes=CLASSES,
-        participants=participants,
-        plan=PLAN.model_copy(update={"seed": seed, "learning_rate": FEDERATED_LEARNING_RATE}),
+        plan=PLAN.model_copy(update=changes),
         aggregation=aggregation,
-        # a site that went on before its last update is merged would push the same way twice
         max_inflight=1,
-        stop=StopRule(max_versions=versions),
+        **more,
     )
+    versions = TOTAL_STEPS // (spec.plan.local_steps * group_size(spec))
+    return spec.model_copy(update={"stop": StopRule(max_versions=versions)})
 
 
 # --- running -------------------------------------------------------------------------------------------
@@ -197,7 +201,7 @@ def run(row: Row, data: Path) -> dict[str, Any]:
         sites = [Site(name, load(file), row.step_times.get(name, 1.0)) for name, file in names.items()]
         last = row.spec.stop.max_versions
         due = {last - k * last // EVALUATIONS for k in range(EVALUATIONS)}
-        for now in federate(row.spec, sites, initial, row.concurrency):
+        for now in federate(row.spec, sites, initial):
             updates, staleness = now.updates, now.mean_staleness
             if now.version in due:
                 metrics = evaluate(row.spec, now.model.arrays(), test).metrics

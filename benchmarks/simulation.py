@@ -7,8 +7,8 @@ and the same seed gives the same curve on every machine of one kind, however bus
     a site starts          from the newest version; it trains as many steps as the plan says, of `step_time` each
     it finishes            its update is merged with the staleness that it has then; it starts again at once, or
                            when fewer than the job's `max_inflight` updates of it wait to be merged
-    with a `concurrency`   so many sites train at one time, those that the server would invite (aggregator.selection):
-                           all are connected and at rest, so their images and the time since their last turn decide
+    in an invited job      those train that the server would invite (aggregator.selection): all are connected and at
+                           rest, so their images and the time since their last turn decide
 
 What this leaves out: transport (milliseconds beside minutes of training), lost messages and crashes, which change
 who is late but not what is merged (docs/reliability.md).
@@ -32,7 +32,7 @@ from detection import engine
 from detection.dataset import Dataset
 from detection.weights import Arrays
 from federation.ids import new_update_id
-from federation.jobs import JobSpec, Participation
+from federation.jobs import JobSpec
 from federation.keys import update_key
 from federation.types import ClientUpdate
 from producers.local import moments as moments_of
@@ -75,14 +75,10 @@ class _Finish:
     attempt: int = field(compare=False)
 
 
-def federate(
-    spec: JobSpec, sites: list[Site], initial: Arrays, concurrency: int | None = None
-) -> Iterator[Snapshot]:
+def federate(spec: JobSpec, sites: list[Site], initial: Arrays) -> Iterator[Snapshot]:
     """Run `spec` until its last version; yields the model after each version.
 
-    `initial`: the full state of version 0. `concurrency`: how many sites are invited at one time; none: the job is
-    free-running, and all train.
-    The job's norm policy must be `average`.
+    `initial`: the full state of version 0. The job's norm policy must be `average`.
     """
     model, state, version = from_arrays(initial), None, 0
     waiting = {site.name: site for site in sites}
@@ -98,8 +94,8 @@ def federate(
     now = 0.0
     while version < spec.stop.max_versions:
         starting = tuple(waiting)
-        if concurrency is not None:
-            starting = _invited(sites, waiting, idle, began, now, concurrency)
+        if spec.participation.mode == "invited":
+            starting = _invited(spec, sites, waiting, idle, began, now, len(group))
         for name in starting:
             site = waiting.pop(name)
             began[site.name] = now
@@ -135,29 +131,30 @@ def federate(
 
 
 def _invited(
+    spec: JobSpec,
     sites: list[Site],
     waiting: Mapping[str, Site],
     idle: list[Site],
     began: Mapping[str, float],
     now: float,
-    concurrency: int,
+    unmerged: int,
 ) -> tuple[str, ...]:
     """Names of those that the server would invite now. Who is neither in `waiting` nor `idle` trains.
 
-    began: when the last turn of each site did.
+    began: when the last turn of each site did. unmerged: updates that wait to be merged.
     """
-    unmerged = {site.name for site in idle}
+    resting = {site.name for site in idle}
     candidates = [
         Candidate(
             site=site.name,
             num_images=site.dataset.num_examples,
             since_s=now - began[site.name] if site.name in began else None,
-            invited=site.name not in waiting and site.name not in unmerged,
-            occupied="its update waits to be merged" if site.name in unmerged else "",
+            invited=site.name not in waiting and site.name not in resting,
+            occupied="its update waits to be merged" if site.name in resting else "",
         )
         for site in sites
     ]
-    return select(candidates, Participation(mode="invited", concurrency=concurrency)).invite
+    return select(candidates, spec.participation, unmerged).invite
 
 
 def _train(

@@ -155,7 +155,7 @@ def _train(
         torch.manual_seed(seed)
         rng = np.random.default_rng(seed)
         module.train()
-        freeze(module, plan)
+        freeze(module, plan, fixed_norm=plan.norm_fixed_from <= start < 1)
         optimizer = _optimizer([p for p in module.parameters() if p.requires_grad], plan, optimizer_state)
         if shared:
             moments.give(optimizer, module, plan, shared, steps_before)
@@ -306,10 +306,11 @@ def _sample(count: int, size: int, rng: np.random.Generator) -> Iterator[list[in
         del waiting[:size]
 
 
-def freeze(module: nn.Module, plan: TrainingPlan) -> None:
+def freeze(module: nn.Module, plan: TrainingPlan, *, fixed_norm: bool = False) -> None:
     """Hold what the plan does not train: parameters get no gradient, and BatchNorm there counts no statistics.
 
     No gradient flows back into layers before which everything is frozen, which saves their backward pass.
+    fixed_norm: BatchNorm layers go by the running statistics that they have, and their parameters are trained.
     """
     for name, parameter in module.named_parameters():
         if plan.freezes(name):
@@ -319,3 +320,5 @@ def freeze(module: nn.Module, plan: TrainingPlan) -> None:
             layer.eval()
         elif plan.norm == "frozen" and isinstance(layer, _BatchNorm):
             layer.eval().requires_grad_(False)
+        elif fixed_norm and isinstance(layer, _BatchNorm):
+            layer.eval()

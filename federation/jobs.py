@@ -127,6 +127,13 @@ class TrainingPlan(Value):
         default="average",
         description="BatchNorm layers: merged | kept by each site (FedBN, arXiv 2102.07623) | never trained",
     )
+    norm_fixed_from: float = Field(
+        default=1.0,
+        ge=0,
+        le=1,
+        description="share of the job from which on BatchNorm layers train with the model's running statistics instead"
+        " of their batch's, and leave them as they are (FixBN, arXiv 2303.06530); 1: never",
+    )
     freeze: tuple[LayerName, ...] = Field(
         default=(),
         max_length=1000,
@@ -313,6 +320,13 @@ class Participation(Value):
     concurrency: int = Field(
         default=4, ge=1, le=10_000, description="invited: so many sites are kept busy at a time"
     )
+    max_in_flight: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="invited: nobody is invited while so many updates are in the making or wait to be merged; the"
+        " fewer, the less stale they are; none: no limit",
+    )
     max_load: float = Field(
         default=1.5, gt=0, le=1000, description="invited: busier sites are passed over; load average per core"
     )
@@ -380,6 +394,12 @@ class JobSpec(Value):
             yield (
                 "plan.optimizer_state: shared moments and aggregation.server_optimizer are two optimisers for one"
                 " model: leave one out"
+            )
+        limit, size = self.participation.max_in_flight, self.aggregation.buffer_size
+        if limit is not None and self.aggregation.strategy == "fedbuff" and limit <= size:
+            yield (
+                f"participation.max_in_flight: {limit} is no more than aggregation.buffer_size ({size}), so every"
+                " version would wait for the slowest of the sites that were invited for it"
             )
         needs = {
             "stop.target": self.stop.target,

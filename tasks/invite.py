@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 
-from aggregator.selection import OVERRUN, Candidate, Selection, expected, select
+from aggregator.selection import OVERRUN, Candidate, Selection, expected, free_slots, select
 from federation.errors import Transient
 from federation.governance import Invitation, Member
 from federation.jobs import Job
@@ -185,9 +185,11 @@ def invite(context: Context, job: Job, newest: LogRecord, now: datetime | None =
     members = context.members(job.id)
     # whoever has declined meanwhile gives its place back
     busy = sum(turns.is_invited(member.site, now) for member in members if member.answer == "joined")
-    if busy >= participation.concurrency:
+    unmerged = len(head.pending)
+    if not free_slots(participation, busy, unmerged):
         return
-    chosen = select(candidates(job, members, _seen(context), turns, context.settings, now), participation)
+    found = candidates(job, members, _seen(context), turns, context.settings, now)
+    chosen = select(found, participation, unmerged)
     for site in chosen.invite:
         turns.invite(site, head.offered.version, now)
         hint(context, Invited(job=job.id), site)
@@ -255,7 +257,7 @@ def places(
     turns = Turns(store, versions, job, now)
     turns.read(versions.head())
     found = candidates(job, list_members(store, job.id), seen, turns, settings, now)
-    chosen = select(found, job.spec.participation)
+    chosen = select(found, job.spec.participation, len(turns.head.pending))
     return [
         Place(
             candidate,

@@ -98,7 +98,9 @@ def create(
     job = Job(
         spec=spec,
         initial=initial,
-        max_update_bytes=min(_update_bytes(spec, first), context.settings.max_update_bytes),
+        max_update_bytes=min(
+            _update_bytes(spec, first) + UPDATE_SLACK_BYTES, context.settings.max_update_bytes
+        ),
         submitted_by=submitted_by,
         request_id=request_id,
         created_at=datetime.now(UTC),
@@ -117,8 +119,8 @@ def create(
 
 
 def _update_bytes(spec: JobSpec, first: ModelRef) -> int:
-    """Of the largest update: as large as its version, and once more for each moment that travels with it."""
-    return first.nbytes * (1 + spec.plan.shared_moments) + UPDATE_SLACK_BYTES
+    """Of an update: as large as its version, and at most once more for each moment that travels with it."""
+    return first.nbytes * (1 + spec.plan.shared_moments)
 
 
 def discard_uploads(context: Context, request: Request, answer: Answer) -> None:

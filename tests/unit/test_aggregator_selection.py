@@ -61,6 +61,14 @@ def test_the_slots_are_filled_and_never_more(invited: int, waiting: int, concurr
     assert not set(chosen.invite) & set(chosen.passed_over)
 
 
+def test_updates_that_wait_to_be_merged_hold_back_others_if_the_job_says_so() -> None:
+    sites = [candidate("i", invited=True), *(candidate(f"w{n}") for n in range(5))]
+    assert len(select(sites, policy(concurrency=4), unmerged=9).invite) == 3
+    for unmerged, free in ((0, 3), (2, 2), (4, 0), (9, 0)):
+        limited = policy(concurrency=4, max_in_flight=5)
+        assert len(select(sites, limited, unmerged).invite) == free
+
+
 def test_those_that_wait_for_a_slot_are_told_their_place() -> None:
     chosen = select([candidate("a", 1.0), candidate("b", 3.0), candidate("c", 2.0)], policy())
     assert chosen.invite == ("b",)

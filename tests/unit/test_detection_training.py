@@ -661,6 +661,25 @@ def test_moments_that_travelled_do_what_moments_do_that_were_kept(optimizer: str
     assert same({name: array for name, array in again.items() if name in tensors}, kept.weights)
 
 
+def test_from_its_share_of_the_job_on_batch_norm_keeps_its_statistics_and_trains_its_parameters(
+    dataset: Dataset,
+) -> None:
+    job = spec(norm_fixed_from=0.5)
+    weights = initial_state(job)
+
+    def changed(start: float) -> set[str]:
+        trained = train(job, weights, dataset, seed=1, progress=(start, 1.0)).weights
+        return {name for name in trained if trained[name].tobytes() != weights[name].tobytes()}
+
+    before, after = changed(0.4), changed(0.5)
+    layer = "backbone.body.conv1.1."
+    counted = {layer + name for name in ("running_mean", "running_var", "num_batches_tracked")}
+    assert counted <= before
+    assert not counted & after
+    assert layer + "weight" in before & after
+    assert not any(name.endswith(("running_mean", "running_var", "num_batches_tracked")) for name in after)
+
+
 def test_layers_that_are_not_trained_have_moments_of_zero(dataset: Dataset) -> None:
     job = spec(norm="frozen", optimizer_state="shared")
     weights = run(job, initial_state(job), dataset).weights

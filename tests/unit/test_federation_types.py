@@ -207,6 +207,25 @@ def test_a_job_needs_only_its_id_and_classes() -> None:
         ({"plan": {"optimizer": "adam"}}, r"plan\.optimizer: "),
         ({"plan": {"nesterov": True}}, r"plan: .*optimizer = 'sgd'"),
         ({"plan": {"nesterov": True, "optimizer": "sgd", "momentum": 0}}, r"plan: .*momentum above 0"),
+        (
+            {"plan": {"optimizer_state": "shared", "optimizer": "sgd", "momentum": 0}},
+            r"plan: .*no state to share: set momentum above 0",
+        ),
+        ({"plan": {"norm_fixed_from": 1.1}}, r"plan\.norm_fixed_from: "),
+        (
+            {
+                "plan": {"optimizer_state": "shared"},
+                "aggregation": {"strategy": "fedbuff", "server_optimizer": {"kind": "fedadam"}},
+            },
+            "two optimisers for one model",
+        ),
+        (
+            {
+                "participation": {"mode": "invited", "max_in_flight": 4},
+                "aggregation": {"strategy": "fedbuff", "buffer_size": 4},
+            },
+            r"participation\.max_in_flight: 4 is no more than aggregation\.buffer_size \(4\)",
+        ),
         ({"plan": {"proximal_mu": -0.1}}, r"plan\.proximal_mu: "),
         ({"plan": {"mixed_precision": True}}, r"plan\.mixed_precision: "),
         ({"plan": {"freeze": ["backbone."]}}, r"plan\.freeze\.0: "),

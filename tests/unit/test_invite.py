@@ -16,7 +16,7 @@ from cli.main import app
 from federation.errors import StoreUnavailable, Transient
 from federation.governance import Invitation, Member
 from federation.ids import new_update_id
-from federation.jobs import Job, JobSpec, Participation
+from federation.jobs import AggregationPolicy, Job, JobSpec, Participation
 from federation.requests import DeclineJob, Request, SteerJob
 from federation.settings import Settings
 from federation.types import Machine, SiteStatus
@@ -170,6 +170,28 @@ def told(worker: Worker, site: str) -> list[object]:
     """What waits in the site's control queue."""
     assert isinstance(worker.broker, SqliteBroker)
     return [decode_control(delivery) for delivery in worker.broker.drain(f"fed.ctl.{site}")]
+
+
+def test_updates_that_wait_to_be_merged_keep_others_from_being_invited_if_the_job_says_so(
+    worker: Worker, clock: Clock
+) -> None:
+    policy = AggregationPolicy(strategy="fedbuff", buffer_size=2)
+    limited = Participation(mode="invited", concurrency=3, max_in_flight=3, lease_s=LEASE_S)
+    spec = job_spec(participation=limited, aggregation=policy, max_inflight=1)
+    ref = save_model(worker.store, spec.id, from_arrays(toy_arrays()))
+    job = create(worker, spec, ref, ref)
+    join(worker, *(f"s{n}" for n in range(6)))
+    worker.invite()
+    first = sorted(invited(worker, clock))
+    assert len(first) == 3
+    clock.after(5)
+    send(worker, first[0], payload_kind="difference")
+    worker.invite()
+    assert len(invited(worker, clock)) == 3, "two train, and one waits to be merged"
+    send(worker, first[1], payload_kind="difference")
+    publish_pending(worker, job)
+    worker.invite()
+    assert len(invited(worker, clock)) == 5, "two more, from the version that they made"
 
 
 def test_as_many_sites_as_wanted_are_invited_and_told(worker: Worker, clock: Clock) -> None:

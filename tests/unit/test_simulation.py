@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.simulation import Site, Snapshot, federate
 from detection import engine
-from federation.jobs import AggregationPolicy, JobSpec, StopRule
+from federation.jobs import AggregationPolicy, JobSpec, Participation, StopRule
 from tests.factories import Arrays, job_spec, toy_arrays
 
 
@@ -40,6 +40,11 @@ def spec(versions: int) -> JobSpec:
     return job_spec(aggregation=policy, max_inflight=1, stop=StopRule(max_versions=versions))
 
 
+def invited(versions: int, **changes: int) -> JobSpec:
+    participation = Participation(mode="invited", concurrency=4, **changes)
+    return spec(versions).model_copy(update={"participation": participation})
+
+
 def last(snapshots: Any) -> Snapshot:
     *_, found = snapshots
     assert isinstance(found, Snapshot)
@@ -56,15 +61,18 @@ def test_without_a_limit_each_site_works_at_its_own_speed() -> None:
 
 def test_with_a_limit_the_turns_are_shared_in_proportion_to_the_images() -> None:
     sizes = (10, 20, 30, 40, 50, 60, 70, 40, 40, 40)
-    end = last(federate(spec(200), sites(*sizes), toy_arrays(), concurrency=4))
+    end = last(federate(invited(200), sites(*sizes), toy_arrays()))
     for n, size in enumerate(sizes):
         assert end.updates[f"s{n}"] == pytest.approx(400 * size / sum(sizes), rel=0.2)
     assert end.time == 100 * 40.0, "four at a time, forty steps each"
 
 
+def test_fewer_updates_in_flight_are_less_stale() -> None:
+    loose = last(federate(invited(200), sites(*[10] * 10), toy_arrays()))
+    tight = last(federate(invited(200, max_in_flight=3), sites(*[10] * 10), toy_arrays()))
+    assert tight.mean_staleness < loose.mean_staleness / 2
+
+
 def test_the_same_run_gives_the_same_model() -> None:
-    models = [
-        last(federate(spec(30), sites(10, 20, 30, 40), toy_arrays(), concurrency=3)).model.flat
-        for _ in range(2)
-    ]
+    models = [last(federate(invited(30), sites(10, 20, 30, 40), toy_arrays())).model.flat for _ in range(2)]
     assert np.array_equal(models[0], models[1])

@@ -23,6 +23,7 @@ from storage.control import announced, load_announcement
 from storage.jobs import load_job
 from storage.memory import MemoryStore
 from storage.models import describe_upload, load_model
+from storage.tensors import from_arrays
 from tasks import celery
 from tasks.accept import accept
 from tasks.jobs import UPDATE_SLACK_BYTES
@@ -207,6 +208,23 @@ def test_a_mistake_is_named_with_its_field(worker: Worker, changes: dict[str, An
 
 
 # --- files that are not what they should be -----------------------------------------------------------------
+
+
+def test_a_model_holds_no_moments(worker: Worker) -> None:
+    arrays = toy_arrays()
+    arrays |= {f"{n}.exp_avg": arrays[n] for n in ("conv.weight", "norm.weight", "norm.bias")}
+    found = errors(handle(worker, submission(worker.store, initial=arrays)))
+    assert "initial: names that are kept for the moments of optimisers: conv.weight.exp_avg" in found
+
+
+def test_an_update_may_be_as_large_as_its_moments_make_it(worker: Worker) -> None:
+    handle(worker, submission(worker.store, plan={"optimizer_state": "shared"}))
+    job = load_job(worker.store, "toy")
+    sent = from_arrays(toy_arrays()).layout.with_moments(2)
+    assert job.max_update_bytes > sent.nbytes
+    worker.settings = Settings(max_update_bytes=2000)
+    found = errors(handle(worker, submission(worker.store, id="toy2", plan={"optimizer_state": "shared"})))
+    assert re.search(r"plan\.optimizer_state: .* this server reads at most 2000", found), found
 
 
 def test_nobody_can_make_a_model_of_what_others_uploaded(worker: Worker) -> None:
