@@ -14,6 +14,7 @@ numpy only. No I/O, no clock, no logging, no torch: everything here is a functio
     change        two models -> how far they are apart, by layer
     merge         Merge: folds verified payloads into the model, one at a time
     fedasync, fedbuff, fedavg, server_opt    one algorithm each: data plus functions
+    moments       what sites share of their optimisers, averaged
     statistics    BatchNorm running mean and variance as a mixture
     tensors, blocks, group                   what the algorithms walk over
 """

@@ -11,6 +11,7 @@
     frames    images and videos          results  predictions.json
     recheck   images harmed since        threads  device, threads, memory
     gpu       a GPU's memory             smoke    does a model work at all?
+    moments   optimisers <-> arrays
     held_out  what is never trained on   voc      VOC2010's precision       statistics what `data check` counts
     scenery   generated street views     scenes   and data sets of them
 
