@@ -13,7 +13,7 @@ from federation.layout import Layout
 
 @dataclass
 class Group:
-    """One accumulator as large as the model's weights, however many updates go into it.
+    """One accumulator as large as the model's weights, and one for each shared moment, however many updates there are.
 
     What `weights` holds is the strategy's business: a sum of differences (fedbuff), a mean (fedavg).
     """

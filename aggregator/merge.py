@@ -13,8 +13,8 @@ In a job that shares the sites' optimiser state a payload holds moments between 
 `state` is what they are merged into (aggregator/moments.py).
 
 Folding n updates in one Merge gives the same bytes as n Merges with float32 storage between them (for the
-buffered strategies: one Merge per flush). Memory: the model, one accumulator (fedbuff, fedavg), the optimiser
-state and one payload, however many updates there are; beyond that, temporaries of one block.
+buffered strategies: one Merge per flush). Memory: the model, one accumulator (fedbuff, fedavg) with its moments, the
+optimiser state and one payload, however many updates there are; beyond that, temporaries of one block.
 """
 
 from __future__ import annotations

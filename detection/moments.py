@@ -42,7 +42,9 @@ def give(
             for key, suffix in zip(_keys(plan), MOMENT_SUFFIXES, strict=False)
         }
         if plan.optimizer == "adamw":
-            state["step"] = torch.tensor(float(steps))
+            state["step"] = torch.tensor(
+                float(steps), device=parameter.device
+            )  # where a fused optimiser wants it
         optimizer.state[parameter] = state
 
 
