@@ -43,6 +43,13 @@ def train(trainer: Any, seed: int = 3, weights: Arrays | None = None) -> CustomT
     return trained
 
 
+def test_it_is_told_before_it_trains_that_it_has_no_moments_to_share() -> None:
+    training = CustomTraining("ours", Trainer())
+    training.prepare(job_spec(plan=TrainingPlan(optimizer_state="kept")))
+    with pytest.raises(BadJob, match=r'needs plan\.optimizer_state = "fresh" or "kept"'):
+        training.prepare(job_spec(plan=TrainingPlan(optimizer_state="shared")))
+
+
 def test_it_gets_copies_and_a_plan_with_the_updates_own_seed() -> None:
     weights = toy_arrays(1.0)
     for array in weights.values():
