@@ -72,8 +72,11 @@ ASYNC = AggregationPolicy(strategy="fedbuff", buffer_size=2, staleness=ConstantS
 """Two of three companies: a slow one is not waited for. Its updates are some five versions late, and count in full: it
 has images of kinds that nobody else has."""
 ASYNC_TURNS = Participation(mode="invited", concurrency=2)
-"""Turns go by images, as in central training: weighting by them as well would count them twice. And while one company
-is slow, the others take turns with each other, so that it makes a twelfth of the steps, and not a twentieth."""
+"""Turns go by images, as in central training: weighting by them as well would count them twice."""
+SLOW_ASYNC = ASYNC.model_copy(update={"weight_by_examples": True})
+SLOW_TURNS = Participation(mode="invited", concurrency=3, min_interval_s=6.5)
+"""With two at a time the fast ones would have one place between them. All three train, the fast ones with pauses of a
+third of a turn of five steps: what matters is how many steps the slow one has made when the job ends."""
 DEVICES_PLAN = {"local_steps": 2, "norm_fixed_from": 0.5, "learning_rate": 5e-3}
 """A device has one or two cameras: with more steps it drifts towards them, and its batches' statistics are theirs. The
 mean of four allows longer steps."""
@@ -130,7 +133,8 @@ def rows(seed: int) -> Iterator[Row]:
         yield Row(one, seed, (f"sites3/{name}.json",), _alone(seed, steps), steps)
     merged = _federated(seed, ASYNC, participation=ASYNC_TURNS)
     yield Row("async", seed, companies, merged, TOTAL_STEPS)
-    yield Row("slow", seed, companies, merged, TOTAL_STEPS, {slow: SLOWER})
+    paced = _federated(seed, SLOW_ASYNC, participation=SLOW_TURNS)
+    yield Row("slow", seed, companies, paced, TOTAL_STEPS, {slow: SLOWER})
     devices = tuple(f"sites20/{name}.json" for name in DEVICES)
     turns = _federated(
         seed,

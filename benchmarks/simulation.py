@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import heapq
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -104,6 +105,11 @@ def federate(spec: JobSpec, sites: list[Site], initial: Arrays) -> Iterator[Snap
             finish = now + spec.plan.steps_for(site.dataset.num_examples) * site.step_time
             heapq.heappush(running, _Finish(finish, order, site, model, state, version, attempt))
             order += 1
+        rested = [began[name] + spec.participation.min_interval_s for name in waiting if name in began]
+        wake = min((at for at in rested if at > now), default=math.inf)
+        if wake < running[0].time:
+            now = wake  # somebody may begin before the next one finishes
+            continue
         done = heapq.heappop(running)
         now = done.time
         update, tensors, moments[done.site.name] = _train(spec, done, moments.get(done.site.name))

@@ -67,6 +67,21 @@ def test_with_a_limit_the_turns_are_shared_in_proportion_to_the_images() -> None
     assert end.time == 100 * 40.0, "four at a time, forty steps each"
 
 
+def test_a_site_that_must_pause_goes_on_when_its_pause_ends_and_not_when_another_finishes() -> None:
+    """Forty steps a turn: the fast site begins every 50, the slow one's turn takes 400."""
+    paced = spec(100).model_copy(
+        update={
+            "participation": Participation(mode="invited", concurrency=2, min_interval_s=50.0),
+            "aggregation": AggregationPolicy(strategy="fedbuff", buffer_size=1),
+        }
+    )
+    end = last(federate(paced, sites(10, 10, step_times=(1.0, 10.0)), toy_arrays()))
+    fast, slow = end.updates["s0"], end.updates["s1"]
+    assert fast + slow == 100
+    assert end.time == pytest.approx(50 * fast, rel=0.05)
+    assert end.time == pytest.approx(400 * slow, rel=0.15)
+
+
 def test_fewer_updates_in_flight_are_less_stale() -> None:
     loose = last(federate(invited(200), sites(*[10] * 10), toy_arrays()))
     tight = last(federate(invited(200, max_in_flight=3), sites(*[10] * 10), toy_arrays()))
