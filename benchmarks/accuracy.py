@@ -71,8 +71,6 @@ that allows a higher rate."""
 ASYNC = AggregationPolicy(strategy="fedbuff", buffer_size=2, staleness=ConstantStaleness())
 """Two of three companies: a slow one is not waited for. Its updates are some five versions late, and count in full: it
 has images of kinds that nobody else has."""
-COMPANIES_PLAN = {"norm_fixed_from": 0.5}
-"""A version's statistics are two companies' of the moment, and the last ones are kept."""
 ASYNC_TURNS = Participation(mode="invited", concurrency=2)
 """Turns go by images, as in central training: weighting by them as well would count them twice. And while one company
 is slow, the others take turns with each other, so that it makes a twelfth of the steps, and not a twentieth."""
@@ -130,7 +128,7 @@ def rows(seed: int) -> Iterator[Row]:
         one = f"alone-{name.lower()}"
         steps = TOTAL_STEPS // len(COMPANIES)
         yield Row(one, seed, (f"sites3/{name}.json",), _alone(seed, steps), steps)
-    merged = _federated(seed, ASYNC, participation=ASYNC_TURNS, plan=COMPANIES_PLAN)
+    merged = _federated(seed, ASYNC, participation=ASYNC_TURNS)
     yield Row("async", seed, companies, merged, TOTAL_STEPS)
     yield Row("slow", seed, companies, merged, TOTAL_STEPS, {slow: SLOWER})
     devices = tuple(f"sites20/{name}.json" for name in DEVICES)
