@@ -272,26 +272,36 @@ def report() -> str:
         seeds = ", ".join(
             f"{by_seed[seed]['curve'][-1]['metrics']['mAP@0.5']:.3f}" for seed in sorted(by_seed)
         )
-        gap = f"{means[name] - means['central']:+.3f}" if "central" in means and name != "central" else ""
+        behind = _behind(found, name)
+        gap = "" if behind is None or name == "central" else f"{-behind:+.3f}"
         staleness = statistics.mean(line["mean_staleness"] for line in by_seed.values())
         lines.append(
             f"| {name} | {seeds} | {means[name]:.3f} | {_mean(by_seed, 'mAP@[.5:.95]'):.3f} | {gap} | "
             f"{f'{staleness:.2f}' if len(by_seed) and staleness else ''} |"
         )
-    return "\n".join([*lines, "", *_goals(found, means)])
+    return "\n".join([*lines, "", *_goals(found)])
+
+
+def _behind(found: dict[str, dict[int, dict[str, Any]]], name: str) -> float | None:
+    """Distance of a row's mean from central's, over the seeds that both have."""
+    both = found.get(name, {}).keys() & found.get("central", {}).keys()
+    if not both:
+        return None
+    central, own = ({seed: found[row][seed] for seed in both} for row in ("central", name))
+    return _mean(central, MAP_50) - _mean(own, MAP_50)
 
 
 def _mean(by_seed: dict[int, dict[str, Any]], metric: str) -> float:
     return statistics.mean(float(line["curve"][-1]["metrics"][metric]) for line in by_seed.values())
 
 
-def _goals(found: dict[str, dict[int, dict[str, Any]]], means: dict[str, float]) -> Iterator[str]:
-    if "central" not in means:
-        return
+def _goals(found: dict[str, dict[int, dict[str, Any]]]) -> Iterator[str]:
     for name, limit in GAP_TARGETS.items():
-        if name in means:
-            gap = means["central"] - means[name]
-            yield f"{name} within {limit} of central: {gap:+.3f}, {'reached' if gap <= limit else 'missed'}"
+        gap = _behind(found, name)
+        if gap is not None:
+            seeds = len(found[name].keys() & found["central"].keys())
+            verdict = "reached" if gap <= limit else "missed"
+            yield f"{name} within {limit} of central: {gap:+.3f} over {seeds} seeds, {verdict}"
     complete = [
         seed
         for seed in SEEDS
