@@ -26,9 +26,9 @@ def fold(group: Group, moments: tuple[Floats, ...], contribution: Contribution) 
 
 def flush(state: OptimizerState, means: tuple[Floats, ...], share: float) -> None:
     """Move the state of the version by `share` towards `means`, in place."""
-    for moment, mean in zip(vectors(state), means, strict=True):
+    for moment, mean in zip(_vectors(state), means, strict=True):
         mix(moment, mean, share)
 
 
-def vectors(state: OptimizerState) -> tuple[Floats, ...]:
+def _vectors(state: OptimizerState) -> tuple[Floats, ...]:
     return (state.m,) if state.v is None else (state.m, state.v)
