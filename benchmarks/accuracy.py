@@ -73,7 +73,7 @@ ASYNC = AggregationPolicy(strategy="fedbuff", buffer_size=2, staleness=ConstantS
 has images of kinds that nobody else has."""
 ASYNC_TURNS = Participation(mode="invited", concurrency=2)
 """Turns go by images, as in central training: weighting by them as well would count them twice. And while one company
-is slow, the others take turns with each other, so that it makes a twelfth of the steps, and not a twentieth."""
+is slow, the others take turns with each other, so that it makes an eleventh of the steps, and not a twentieth."""
 DEVICES_PLAN = {"local_steps": 2, "norm_fixed_from": 0.5, "learning_rate": 5e-3}
 """A device has one or two cameras: with more steps it drifts towards them, and its batches' statistics are theirs. The
 mean of four allows longer steps."""
