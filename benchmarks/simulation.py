@@ -7,6 +7,7 @@ and the same seed gives the same curve on every machine of one kind, however bus
     a site starts          from the newest version; it trains as many steps as the plan says, of `step_time` each
     it finishes            its update is merged with the staleness that it has then; it starts again at once, or
                            when fewer than the job's `max_inflight` updates of it wait to be merged
+    several at once        are all merged before anybody starts: the server invites by a clock (`oversee_every_s`)
     in an invited job      those train that the server would invite (aggregator.selection): all are connected and at
                            rest, so their images and the time since their last turn decide
 
@@ -95,7 +96,9 @@ def federate(spec: JobSpec, sites: list[Site], initial: Arrays) -> Iterator[Snap
     now = 0.0
     while version < spec.stop.max_versions:
         starting = tuple(waiting)
-        if spec.participation.mode == "invited":
+        if running and running[0].time == now:
+            starting = ()  # somebody else finishes at this instant
+        elif spec.participation.mode == "invited":
             starting = _invited(spec, sites, waiting, idle, began, now, len(group))
         for name in starting:
             site = waiting.pop(name)

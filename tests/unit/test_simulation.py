@@ -83,9 +83,18 @@ def test_a_site_that_must_pause_goes_on_when_its_pause_ends_and_not_when_another
 
 
 def test_fewer_updates_in_flight_are_less_stale() -> None:
-    loose = last(federate(invited(200), sites(*[10] * 10), toy_arrays()))
-    tight = last(federate(invited(200, max_in_flight=3), sites(*[10] * 10), toy_arrays()))
+    speeds = tuple(1 + 0.03 * n for n in range(10))
+    loose = last(federate(invited(200), sites(*[10] * 10, step_times=speeds), toy_arrays()))
+    tight = last(federate(invited(200, max_in_flight=3), sites(*[10] * 10, step_times=speeds), toy_arrays()))
     assert tight.mean_staleness < loose.mean_staleness / 2
+
+
+def test_those_that_finish_at_once_are_merged_before_anybody_starts() -> None:
+    pairs = spec(100).model_copy(update={"participation": Participation(mode="invited", concurrency=2)})
+    equal = last(federate(pairs, sites(10, 10, 10), toy_arrays()))
+    assert equal.mean_staleness == 0
+    uneven = last(federate(pairs, sites(10, 10, 10, step_times=(1.0, 1.01, 1.02)), toy_arrays()))
+    assert uneven.mean_staleness > 0.4
 
 
 def test_the_same_run_gives_the_same_model() -> None:
