@@ -25,14 +25,13 @@ from federation.types import Contribution
 
 def fold(group: Group, payload: Tensors, counters: tuple[slice, ...], contribution: Contribution) -> None:
     """Add one site's model to the open round."""
-    examples = contribution.update.num_examples
     group.count += 1
-    group.examples += examples
+    group.amount += contribution.weight
     if group.count == 1:
         np.copyto(group.weights, payload.weights)
         group.ints[:] = payload.ints
     else:
-        mix(group.weights, payload.weights, examples / group.examples)
+        mix(group.weights, payload.weights, contribution.weight / group.amount)
         raise_counters(group.ints, payload.ints, counters)
     add_component(group.statistics, payload.means, payload.variances, contribution.weight)
 

@@ -23,7 +23,8 @@ class Group:
     moments: tuple[Floats, ...]  # [W] each: means of the optimisers' moments, as many as sites share
     ints: Ints  # [I]; the counters' maxima, meaningless while count is 0
     count: int = 0
-    examples: int = 0
+    amount: float = 0
+    """What its updates would weigh together if none were stale (weighting.amount)."""
 
 
 def empty_group(layout: Layout, moments: int = 0) -> Group:
@@ -37,5 +38,5 @@ def empty_group(layout: Layout, moments: int = 0) -> Group:
 
 def reset(group: Group) -> None:
     """Begin the next group in the same memory."""
-    group.count = group.examples = 0
+    group.count, group.amount = 0, 0
     forget(group.statistics)

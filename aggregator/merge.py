@@ -138,7 +138,7 @@ class Merge:
         if self._group is None:
             fedasync.fold(self._model, payload, counters, contribution)
         elif self._policy.strategy == "fedbuff":
-            fedbuff.fold(self._group, payload, counters, contribution)
+            fedbuff.fold(self._group, payload, counters, contribution, self._policy)
         else:
             fedavg.fold(self._group, payload, counters, contribution)
         self._fold_moments(payload, contribution)
@@ -170,9 +170,7 @@ class Merge:
             flush = fedbuff.flush if self._policy.strategy == "fedbuff" else fedavg.flush
             flush(self._model, self._group, self._layout.counter_slices, self._policy, self._state)
             if self._group.moments:
-                share = (
-                    fedbuff.share(self._group, self._policy) if self._policy.strategy == "fedbuff" else 1.0
-                )
+                share = fedbuff.share(self._group) if self._policy.strategy == "fedbuff" else 1.0
                 self._flush_moments(self._group.moments, share)
             reset(self._group)
         self._merged += self._open

@@ -8,13 +8,17 @@ stored: several versions are made in one publish, and staleness is counted as if
     fedasync   1                     version + position                   α·s(τ)
     fedbuff    K                     version + position // K              s(τ), or s(τ)·n
     fedavg     N participants        version + position // N              n
+
+n: examples of the site, or for fedbuff objects that the update's steps have seen. A detector's loss is a mean over the
+objects of a batch. In central training, whose batches mix crowded images with empty ones, each object counts the
+same; a site whose images are all crowded would count no more than the others without such a weight.
 """
 
 from __future__ import annotations
 
 from aggregator.staleness import staleness_weight
-from federation.jobs import JobSpec
-from federation.types import ClientUpdate, Contribution
+from federation.jobs import OBJECTS, AggregationPolicy, JobSpec
+from federation.types import MAX_EXAMPLES, ClientUpdate, Contribution
 
 
 def group_size(spec: JobSpec) -> int:
@@ -31,18 +35,29 @@ def met_version(spec: JobSpec, version: int, position: int) -> int:
     return version + position // group_size(spec)
 
 
-def weight(spec: JobSpec, staleness: int, num_examples: int) -> float:
+def amount(policy: AggregationPolicy, update: ClientUpdate) -> float:
+    """n: how much an update weighs beside those that are as stale. Above 0."""
+    if policy.strategy == "fedavg" or policy.weight_by_examples:
+        return update.num_examples
+    if policy.weight_by_objects:
+        return min(
+            max(1.0, update.metrics.get(OBJECTS, 1.0)), MAX_EXAMPLES
+        )  # a site's word, as num_examples is
+    return 1
+
+
+def weight(spec: JobSpec, staleness: int, amount: float) -> float:
     """Coefficient before normalisation over the group, as documented at `Contribution`.
 
     A function of its arguments: the policy's α is the same for every update, however stale the last one was.
     """
     policy = spec.aggregation
     if policy.strategy == "fedavg":
-        return float(num_examples)
+        return float(amount)
     s = staleness_weight(policy.staleness, staleness)
     if policy.strategy == "fedasync":
         return policy.alpha * s
-    return s * num_examples if policy.weight_by_examples else s
+    return s * amount
 
 
 def assign(spec: JobSpec, update: ClientUpdate, version: int, position: int) -> Contribution:
@@ -54,6 +69,6 @@ def assign(spec: JobSpec, update: ClientUpdate, version: int, position: int) -> 
     return Contribution(
         update=update,
         staleness=staleness,
-        weight=weight(spec, staleness, update.num_examples),
+        weight=weight(spec, staleness, amount(spec.aggregation, update)),
         version=met + 1,
     )

@@ -28,7 +28,7 @@ from detection.dataset import Dataset
 from detection.threads import is_out_of_memory, keep_freed_memory
 from detection.weights import Arrays, load_state, module_for, state
 from federation.errors import BadDataset, BadJob, Rejected
-from federation.jobs import JobSpec, TrainingPlan
+from federation.jobs import OBJECTS, JobSpec, TrainingPlan
 
 BETAS = (0.9, 0.99)
 """An update is some tens of steps long: a second moment over 1,000 steps would never settle."""
@@ -159,7 +159,9 @@ def _train(
         optimizer = _optimizer([p for p in module.parameters() if p.requires_grad], plan, optimizer_state)
         if shared:
             moments.give(optimizer, module, plan, shared, steps_before)
-        losses = _train_steps(module, optimizer, dataset, plan, steps, rng, rate, on_step, duty, device)
+        losses, objects = _train_steps(
+            module, optimizer, dataset, plan, steps, rng, rate, on_step, duty, device
+        )
     trained = state(module)
     if not all(np.isfinite(array).all() for array in trained.values()):
         raise Diverged(f"a weight is not finite after {steps} steps: lower the plan's learning_rate")
@@ -168,6 +170,7 @@ def _train(
     metrics = {
         "loss": float(np.mean(losses[-10:])) if losses else 0.0,
         "steps": float(steps),
+        OBJECTS: float(objects),
         "epochs": steps * plan.batch_size / dataset.num_examples,
         "seconds": time.perf_counter() - began,
     }
@@ -199,13 +202,14 @@ def _train_steps(
     on_step: Callable[[StepReport], None] | None,
     duty: float,
     device: torch.device,
-) -> list[float]:
-    """Gradient steps in place on `module`; the loss of each, without the proximal term."""
+) -> tuple[list[float], int]:
+    """Gradient steps in place on `module`: the loss of each, without the proximal term, and the objects seen."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     base = [p.detach().clone() for p in parameters] if plan.proximal_mu else []
     precision, scaler = _mixed_precision(plan, device)
     indices = _sample(dataset.num_examples, plan.batch_size, rng)
     losses: list[float] = []
+    objects = 0
     for step in range(steps):
         began, lr = time.perf_counter(), rate(step)
         for group in optimizer.param_groups:
@@ -228,11 +232,12 @@ def _train_steps(
         scaler.step(optimizer)
         scaler.update()
         losses.append(value)
+        objects += sum(len(target["labels"]) for target in targets)
         if duty < 1:
             time.sleep((time.perf_counter() - began) * (1 / duty - 1))
         if on_step is not None:
             on_step(StepReport(step + 1, steps, value, (step + 1) * plan.batch_size / dataset.num_examples))
-    return losses
+    return losses, objects
 
 
 def to_device(images: Tensor, targets: list[Target], device: torch.device) -> tuple[Tensor, list[Target]]:

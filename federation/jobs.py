@@ -25,6 +25,8 @@ from federation.ids import Name, Sha256, UpdateId
 
 MAX_VERSION = 10**9
 MAP_50 = "mAP@0.5"
+OBJECTS = "objects"
+"""Metric of an update: ground-truth objects in the images that its steps have seen."""
 ClassName = Annotated[str, StringConstraints(min_length=1, max_length=64)]
 MetricName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.:@\[\]/ -]{1,64}$")]
 LayerName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*$", max_length=256)]
@@ -225,6 +227,10 @@ class AggregationPolicy(Value):
     weight_by_examples: bool = Field(
         default=False, description="fedbuff: weight by num_examples (off in the paper); fedavg always does"
     )
+    weight_by_objects: bool = Field(
+        default=False,
+        description="fedbuff: weight by the objects that the update's steps have seen, its metric `objects`",
+    )
     max_staleness: int = Field(default=100, ge=0, le=1_000_000, description="older updates are rejected")
     max_pending: int = Field(
         default=64,
@@ -242,8 +248,12 @@ class AggregationPolicy(Value):
     def _check(self) -> Self:
         if self.strategy == "fedasync" and self.server_optimizer is not None:
             raise ValueError("server_optimizer works on a buffered direction: use strategy fedbuff or fedavg")
-        if self.strategy != "fedbuff" and self.weight_by_examples:
-            raise ValueError("weight_by_examples is a switch of fedbuff (fedavg always weights by examples)")
+        if self.strategy != "fedbuff" and (self.weight_by_examples or self.weight_by_objects):
+            raise ValueError(
+                "weight_by_examples and weight_by_objects are switches of fedbuff (fedavg always weights by examples)"
+            )
+        if self.weight_by_examples and self.weight_by_objects:
+            raise ValueError("weight by examples or by objects, not by both")
         if self.strategy == "fedbuff" and self.max_pending < self.buffer_size:
             raise ValueError("max_pending must be at least buffer_size, or the buffer never fills")
         return self

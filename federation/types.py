@@ -27,6 +27,7 @@ AP = "AP@"
 MAX_METRICS = 32
 MAX_COLLECTED = 1000
 """Keys in one record; more take several records."""
+MAX_EXAMPLES = 10**12
 Metrics = Annotated[dict[MetricName, float], Field(max_length=MAX_METRICS)]
 
 
@@ -54,7 +55,7 @@ class ClientUpdate(Value):
     job: Name
     site: Name
     base_version: int = Field(ge=0, le=MAX_VERSION, description="version that training started from")
-    num_examples: int = Field(ge=1, le=10**12, description="training images behind the update")
+    num_examples: int = Field(ge=1, le=MAX_EXAMPLES, description="training images behind the update")
     payload_kind: PayloadKind
     payload_key: str = Field(max_length=256)
     payload_sha256: Sha256
@@ -134,8 +135,8 @@ class Contribution(Value):
     """An accepted update with its frozen numbers.
 
     `weight` is its coefficient before normalisation over its group: fedasync α·s(τ), fedbuff s(τ) (times
-    num_examples if the policy says so), fedavg num_examples. `version` is the one that its merge makes.
-    Should an update before it turn out bad when it is read, the numbers in the Published event count.
+    num_examples or the metric `objects` if the policy says so), fedavg num_examples. `version` is the one that its
+    merge makes. Should an update before it turn out bad when it is read, the numbers in the Published event count.
     """
 
     update: ClientUpdate

@@ -82,6 +82,7 @@ def make_update(
     kind: str = "weights",
     payload_bytes: int = 100,
     update_id: str | None = None,
+    metrics: dict[str, float] | None = None,
 ) -> ClientUpdate:
     update_id = update_id or new_update_id()
     return ClientUpdate.model_validate(
@@ -95,6 +96,7 @@ def make_update(
             "payload_key": update_key(JOB, site, update_id),
             "payload_sha256": "0" * 64,
             "payload_bytes": payload_bytes,
+            "metrics": metrics or {},
             "created_at": NOW,
         }
     )
@@ -125,9 +127,17 @@ class Payload:
 
 
 def payload_for(
-    spec: JobSpec, flat: Floats, ints: Ints | None = None, *, base: int = 0, site: str = "site-a", n: int = 1
+    spec: JobSpec,
+    flat: Floats,
+    ints: Ints | None = None,
+    *,
+    base: int = 0,
+    site: str = "site-a",
+    n: int = 1,
+    metrics: dict[str, float] | None = None,
 ) -> Payload:
-    update = make_update(base, site=site, num_examples=n, kind=spec.aggregation.payload_kind)
+    kind = spec.aggregation.payload_kind
+    update = make_update(base, site=site, num_examples=n, kind=kind, metrics=metrics)
     flat, ints = flat.copy(), integers() if ints is None else ints.copy()
     flat.flags.writeable = ints.flags.writeable = False  # a merge has no business writing to a payload
     return Payload(update, flat, ints)

@@ -59,6 +59,7 @@ POLICIES = {
     "fedasync-hinge": {"strategy": "fedasync", "staleness": {"kind": "hinge", "b": 1.0}, "max_staleness": 6},
     "fedbuff": {"strategy": "fedbuff", "buffer_size": 2, "max_staleness": 4},
     "fedbuff-examples": {"strategy": "fedbuff", "buffer_size": 3, "weight_by_examples": True},
+    "fedbuff-objects": {"strategy": "fedbuff", "buffer_size": 3, "weight_by_objects": True},
     "fedbuff-fedavgm": {"strategy": "fedbuff", "buffer_size": 2, "server_optimizer": {"kind": "fedavgm"}},
     "fedbuff-fedadam": {"strategy": "fedbuff", "buffer_size": 2, "server_optimizer": {"kind": "fedadam"}},
     "fedbuff-fedyogi": {"strategy": "fedbuff", "buffer_size": 2, "server_optimizer": {"kind": "fedyogi"}},
@@ -142,6 +143,7 @@ class ToyJob:
             "base_version": head.version,
             "payload_kind": self.job.spec.aggregation.payload_kind,
             "num_examples": int(self.rng.integers(1, 100)),
+            "metrics": {"objects": float(self.rng.integers(0, 100))},
         }
         update = client_update(payload, **values | changes)
         self.store.put_if_absent(update.payload_key, payload)

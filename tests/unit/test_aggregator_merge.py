@@ -43,13 +43,15 @@ def specs(draw: st.DrawFn) -> JobSpec:
     if strategy == "fedasync":
         return make_spec(alpha=draw(st.floats(0.01, 1)))
     sites = tuple(f"site-{i}" for i in range(draw(st.integers(1, 3))))
+    weight_by = draw(st.sampled_from(["updates", "examples", "objects"])) if strategy == "fedbuff" else ""
     return make_spec(
         strategy,
         sites=sites,
         buffer_size=draw(st.integers(1, 4)),
         server_learning_rate=draw(st.sampled_from([0.1, 1.0, 2.5])),
         server_optimizer=draw(optimizers),
-        weight_by_examples=strategy == "fedbuff" and draw(st.booleans()),
+        weight_by_examples=weight_by == "examples",
+        weight_by_objects=weight_by == "objects",
     )
 
 
@@ -62,6 +64,7 @@ def payload_lists(draw: st.DrawFn, spec: JobSpec, version: int, max_size: int = 
             draw(ints),
             base=draw(st.integers(0, version)),
             n=draw(st.integers(1, 10**6)),
+            metrics={"objects": draw(st.integers(0, 10**6))},
         )
         for _ in range(draw(st.integers(1, max_size)))
     ]
@@ -193,6 +196,16 @@ def test_fedbuff_golden() -> None:
 def test_fedbuff_weighted_by_examples_golden() -> None:
     spec = make_spec("fedbuff", buffer_size=2, weight_by_examples=True)
     payloads = [payload_for(spec, floats(4), base=3, n=30), payload_for(spec, floats(8), base=0, n=10)]
+    result = fold(spec, make_layout(1), floats(1), payloads, version=3)
+    assert result.flat[0] == 1 + (30 * 4 + 10 * 8 / 2) / 40
+
+
+def test_fedbuff_weighted_by_objects_golden() -> None:
+    spec = make_spec("fedbuff", buffer_size=2, weight_by_objects=True)
+    payloads = [
+        payload_for(spec, floats(4), base=3, n=10, metrics={"objects": 30.0}),
+        payload_for(spec, floats(8), base=0, n=90, metrics={"objects": 10.0}),
+    ]
     result = fold(spec, make_layout(1), floats(1), payloads, version=3)
     assert result.flat[0] == 1 + (30 * 4 + 10 * 8 / 2) / 40
 

@@ -86,6 +86,24 @@ def test_fedbuff_weights_by_examples_only_if_the_policy_says_so() -> None:
     assert assign(spec, make_update(base_version=0, num_examples=50), 3, 0).weight == 50 / math.sqrt(4)
 
 
+@pytest.mark.parametrize(
+    ("metrics", "counted"),
+    [
+        ({"objects": 12.0}, 12),
+        ({"objects": 0.0}, 1),
+        ({"objects": -3.0}, 1),
+        ({}, 1),
+        ({"objects": 1e300}, 1e12),
+    ],
+)
+def test_fedbuff_weights_by_objects_only_if_the_policy_says_so(
+    metrics: dict[str, float], counted: float
+) -> None:
+    update = make_update(base_version=0, num_examples=50, metrics=metrics)
+    assert assign(make_spec("fedbuff"), update, 3, 0).weight == 1 / math.sqrt(4)
+    assert assign(make_spec("fedbuff", weight_by_objects=True), update, 3, 0).weight == counted / math.sqrt(4)
+
+
 def test_fedavg_weighs_by_examples_and_knows_no_staleness_factor() -> None:
     contribution = assign(make_spec("fedavg"), make_update(num_examples=50), version=0, position=2)
     assert (contribution.staleness, contribution.version, contribution.weight) == (0, 1, 50.0)

@@ -237,7 +237,12 @@ def test_a_job_needs_only_its_id_and_classes() -> None:
         ({"aggregation": {"staleness": {"kind": "hinge", "a": -1}}}, r"aggregation\.staleness\.hinge\.a: "),
         ({"aggregation": {"staleness": {"kind": "constant", "a": 1}}}, r"staleness\.constant\.a: "),
         ({"aggregation": {"server_optimizer": {"kind": "fedadam"}}}, "use strategy fedbuff or fedavg"),
-        ({"aggregation": {"weight_by_examples": True}}, "is a switch of fedbuff"),
+        ({"aggregation": {"weight_by_examples": True}}, "are switches of fedbuff"),
+        ({"aggregation": {"weight_by_objects": True}}, "are switches of fedbuff"),
+        (
+            {"aggregation": {"strategy": "fedbuff", "weight_by_examples": True, "weight_by_objects": True}},
+            "by examples or by objects",
+        ),
         ({"aggregation": {"strategy": "fedbuff", "max_pending": 9}}, "at least buffer_size"),
         ({"aggregation": {"strategy": "fedavg"}}, "it must name them"),
         ({"aggregation": {"strategy": "fedavg"}, "participants": []}, "it must name them"),
