@@ -75,8 +75,6 @@ has images of kinds that nobody else has."""
 ASYNC_TURNS = Participation(mode="invited", concurrency=2)
 """Turns go by images, as in central training: weighting by them as well would count them twice. And while one company
 is slow, the others take turns with each other, so that it makes an eleventh of the steps, and not a twentieth."""
-SLOW_PLAN = {"local_steps": 2}
-"""While the slow company makes an update the others make ten: the shorter all are, the less has changed meanwhile."""
 SLOW_ASYNC = ASYNC.model_copy(update={"weight_by_examples": True})
 """It has fewer turns than its images are worth."""
 DEVICES_PLAN = {"local_steps": 2, "norm_fixed_from": 0.5, "learning_rate": 5e-3}
@@ -139,7 +137,7 @@ def rows(seed: int) -> Iterator[Row]:
         yield Row(one, seed, (f"sites3/{name}.json",), _alone(seed, steps), steps)
     merged = _federated(seed, ASYNC, participation=ASYNC_TURNS)
     yield Row("async", seed, companies, merged, TOTAL_STEPS)
-    uneven = _federated(seed, SLOW_ASYNC, participation=ASYNC_TURNS, plan=SLOW_PLAN)
+    uneven = _federated(seed, SLOW_ASYNC, participation=ASYNC_TURNS)
     yield Row("slow", seed, companies, uneven, TOTAL_STEPS, {slow: SLOWER})
     devices = tuple(f"sites20/{name}.json" for name in DEVICES)
     turns = _federated(
