@@ -76,7 +76,7 @@ ASYNC_TURNS = Participation(mode="invited", concurrency=2)
 SLOW_ASYNC = ASYNC.model_copy(update={"weight_by_examples": True})
 """Everybody trains all the time, so that weights have to do what turns would."""
 SLOW_PLAN = {"local_steps": 2, "learning_rate": 3e-3}
-"""While the slow company makes one update the others make twenty. The fewer steps that is, the less has changed meanwhile."""
+"""While the slow company makes one update the others make twenty: the fewer steps, the less has changed meanwhile."""
 DEVICES_PLAN = {"local_steps": 2, "norm_fixed_from": 0.5, "learning_rate": 5e-3}
 """A device has one or two cameras: with more steps it drifts towards them, and its batches' statistics are theirs. The
 mean of four allows longer steps."""
