@@ -40,24 +40,23 @@ def amount(policy: AggregationPolicy, update: ClientUpdate) -> float:
     if policy.strategy == "fedavg" or policy.weight_by_examples:
         return update.num_examples
     if policy.weight_by_objects:
-        return min(
-            max(1.0, update.metrics.get(OBJECTS, 1.0)), MAX_EXAMPLES
-        )  # a site's word, as num_examples is
+        # a site's word, as num_examples is, and so within the same bounds
+        return min(max(1.0, update.metrics.get(OBJECTS, 1.0)), MAX_EXAMPLES)
     return 1
 
 
-def weight(spec: JobSpec, staleness: int, amount: float) -> float:
-    """Coefficient before normalisation over the group, as documented at `Contribution`.
+def weight(spec: JobSpec, staleness: int, n: float) -> float:
+    """Coefficient before normalisation over the group, as documented at `Contribution`. n: see `amount`.
 
     A function of its arguments: the policy's α is the same for every update, however stale the last one was.
     """
     policy = spec.aggregation
     if policy.strategy == "fedavg":
-        return float(amount)
+        return float(n)
     s = staleness_weight(policy.staleness, staleness)
     if policy.strategy == "fedasync":
         return policy.alpha * s
-    return s * amount
+    return s * n
 
 
 def assign(spec: JobSpec, update: ClientUpdate, version: int, position: int) -> Contribution:
