@@ -7,7 +7,8 @@ and the same seed gives the same curve on every machine of one kind, however bus
     a site starts          from the newest version; it trains as many steps as the plan says, of `step_time` each
     it finishes            its update is merged with the staleness that it has then; it starts again at once, or
                            when fewer than the job's `max_inflight` updates of it wait to be merged
-    several at once        are all merged before anybody starts: the server invites by a clock (`oversee_every_s`)
+    several at once        are all merged before anybody starts: the server invites by a clock (`oversee_every_s`);
+                           where it does not invite, this is a convention
     in an invited job      those train that the server would invite (aggregator.selection): all are connected and at
                            rest, so their images and the time since their last turn decide
 
