@@ -224,6 +224,12 @@ def test_reports_every_step(dataset: Dataset) -> None:
     assert trained.metrics["epochs"] == 1.0
 
 
+def test_an_update_says_how_many_objects_its_steps_saw(dataset: Dataset) -> None:
+    job = spec(batch_size=dataset.num_examples, augmentation="none")
+    trained = run(job, initial_state(job), dataset, steps=2)
+    assert trained.metrics["objects"] == 2 * dataset.num_boxes > 0
+
+
 def test_an_exception_from_the_observer_ends_training(dataset: Dataset) -> None:
     job = spec()
 
