@@ -2,7 +2,7 @@
 
 numpy only. No I/O, no clock, no logging, no torch: everything here is a function of its arguments.
 
-    staleness     s(τ): constant, polynomial, hinge
+    staleness     s(τ): constant, polynomial, hinge, participation
     weighting     update + place in the queue -> Contribution (version, staleness, weight)
     decide        job + head + update -> Accept | Duplicate | Refuse
     transitions   head + event -> next head

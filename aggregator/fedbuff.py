@@ -1,12 +1,13 @@
 """FedBuff: buffered asynchronous aggregation. Nguyen et al. 2022, arXiv 2106.06639, algorithm 1.
 
-    c_i = s(τ_i)                              1/√(1+τ_i) in the paper
+    c_i = s(τ_i)                              1/√(1+τ_i) in the paper, min(1+τ_i, limit) for participation
     x ← x + η · (1/K) · Σ c_i Δ_i             after K updates
     x ← x + η · Σ c_i n_i Δ_i / Σ n_i         if the policy weights by examples or objects (not in the paper)
 
 Δ_i = y_i - x_base is taken by the site against the version that it trained from: a site that changed nothing
-sends zeros, however stale it is. Running statistics travel as values: each weighs c_i/K (or c_i n_i / Σ n_i),
-and what remains to 1 stays on the global model's. Memory: the model, one accumulator and one payload.
+sends zeros, however stale it is. Running statistics travel as values: each weighs c_i/K (or c_i n_i / Σ n_i), and
+what remains to 1 stays on the global model's; where the c_i come to more, they weigh 1 together. Memory: the model,
+one accumulator and one payload.
 """
 
 from __future__ import annotations
@@ -63,4 +64,4 @@ def flush(
 
 def share(group: Group) -> float:
     """Of a full group in what travels as values; what remains to 1 stays on the global model's."""
-    return min(1.0, group.statistics.weight / group.amount)  # s(τ) ≤ 1, so only rounding could take it above
+    return min(1.0, group.statistics.weight / group.amount)

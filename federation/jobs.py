@@ -201,7 +201,21 @@ class HingeStaleness(Value):
     b: float = Field(default=4.0, ge=0, le=1e6)
 
 
-Staleness = Annotated[ConstantStaleness | PolynomialStaleness | HingeStaleness, Field(discriminator="kind")]
+class ParticipationStaleness(Value):
+    """s(τ) = min(1+τ, limit): the versions for which an update stands. After FedAU, Wang, Ji 2024, arXiv 2306.03401.
+
+    A site that trains all the time, one update after the other, is merged once in 1+τ versions. The slower it is the
+    less its images count, unless each of its updates counts for more.
+    """
+
+    kind: Literal["participation"] = "participation"
+    limit: float = Field(default=3.0, ge=1, le=1000)
+
+
+Staleness = Annotated[
+    ConstantStaleness | PolynomialStaleness | HingeStaleness | ParticipationStaleness,
+    Field(discriminator="kind"),
+]
 
 
 class ServerOptimizer(Value):
@@ -251,6 +265,10 @@ class AggregationPolicy(Value):
         if self.strategy != "fedbuff" and (self.weight_by_examples or self.weight_by_objects):
             raise ValueError(
                 "weight_by_examples and weight_by_objects are switches of fedbuff (fedavg always weights by examples)"
+            )
+        if self.strategy != "fedbuff" and self.staleness.kind == "participation":
+            raise ValueError(
+                "staleness participation takes differences several times over, which only strategy fedbuff merges"
             )
         if self.weight_by_examples and self.weight_by_objects:
             raise ValueError("weight by examples or by objects, not by both")
@@ -404,6 +422,11 @@ class JobSpec(Value):
             yield (
                 "plan.optimizer_state: shared moments and aggregation.server_optimizer are two optimisers for one"
                 " model: leave one out"
+            )
+        if self.aggregation.staleness.kind == "participation" and self.inflight_limit > 1:
+            yield (
+                "max_inflight: staleness participation counts the versions since a site's last update, which is how"
+                " old the next one is only if max_inflight = 1"
             )
         limit, size = self.participation.max_in_flight, self.aggregation.buffer_size
         if limit is not None and self.aggregation.strategy == "fedbuff" and limit <= size:

@@ -45,10 +45,12 @@ def make_spec(
     sites: tuple[str, ...] | None = SITES,
     max_versions: int = 1000,
     plan: TrainingPlan | None = None,
+    max_inflight: int | None = None,
     **policy: Any,
 ) -> JobSpec:
     return JobSpec(
         id=JOB,
+        max_inflight=max_inflight,
         plan=plan or TrainingPlan(),
         classes=("car",),
         participants=sites,

@@ -60,6 +60,11 @@ POLICIES = {
     "fedbuff": {"strategy": "fedbuff", "buffer_size": 2, "max_staleness": 4},
     "fedbuff-examples": {"strategy": "fedbuff", "buffer_size": 3, "weight_by_examples": True},
     "fedbuff-objects": {"strategy": "fedbuff", "buffer_size": 3, "weight_by_objects": True},
+    "fedbuff-participation": {
+        "strategy": "fedbuff",
+        "buffer_size": 2,
+        "staleness": {"kind": "participation"},
+    },
     "fedbuff-fedavgm": {"strategy": "fedbuff", "buffer_size": 2, "server_optimizer": {"kind": "fedavgm"}},
     "fedbuff-fedadam": {"strategy": "fedbuff", "buffer_size": 2, "server_optimizer": {"kind": "fedadam"}},
     "fedbuff-fedyogi": {"strategy": "fedbuff", "buffer_size": 2, "server_optimizer": {"kind": "fedyogi"}},
@@ -95,6 +100,7 @@ def spec_of(policy: str, max_versions: int = 1000) -> JobSpec:
         aggregation=AggregationPolicy.from_json(json.dumps(POLICIES[policy])),
         participants=SITES,
         stop=StopRule(max_versions=max_versions),
+        max_inflight=1 if policy.endswith("-participation") else None,
     )
 
 

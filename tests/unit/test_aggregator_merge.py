@@ -43,7 +43,9 @@ def specs(draw: st.DrawFn) -> JobSpec:
     if strategy == "fedasync":
         return make_spec(alpha=draw(st.floats(0.01, 1)))
     sites = tuple(f"site-{i}" for i in range(draw(st.integers(1, 3))))
-    weight_by = draw(st.sampled_from(["updates", "examples", "objects"])) if strategy == "fedbuff" else ""
+    fedbuff = strategy == "fedbuff"
+    weight_by = draw(st.sampled_from(["updates", "examples", "objects"])) if fedbuff else ""
+    staleness = draw(st.sampled_from(["polynomial", "participation"])) if fedbuff else "constant"
     return make_spec(
         strategy,
         sites=sites,
@@ -52,6 +54,8 @@ def specs(draw: st.DrawFn) -> JobSpec:
         server_optimizer=draw(optimizers),
         weight_by_examples=weight_by == "examples",
         weight_by_objects=weight_by == "objects",
+        staleness={"kind": staleness},
+        max_inflight=1,
     )
 
 
@@ -208,6 +212,19 @@ def test_fedbuff_weighted_by_objects_golden() -> None:
     ]
     result = fold(spec, make_layout(1), floats(1), payloads, version=3)
     assert result.flat[0] == 1 + (30 * 4 + 10 * 8 / 2) / 40
+
+
+def test_fedbuff_counts_a_late_update_several_times_and_its_statistics_as_no_more_than_all() -> None:
+    late = {"kind": "participation", "limit": 3.0}
+    spec = make_spec("fedbuff", buffer_size=2, staleness=late, max_inflight=1)
+    payloads = [
+        payload_for(spec, floats(4, 10, 1), base=9),
+        payload_for(spec, floats(8, 30, 1), base=0, site="site-b"),
+    ]
+    result = fold(spec, make_layout(1, 1), floats(1, 99, 1), payloads, version=9)
+    assert [c.weight for c in result.merged] == [1, 3]
+    assert result.flat[0] == 1 + (4 + 3 * 8) / 2
+    assert result.flat[1] == (10 + 3 * 30) / 4, "a mean of values, with nothing left of the global model's"
 
 
 def test_an_update_so_stale_that_its_weight_is_zero_is_harmless() -> None:

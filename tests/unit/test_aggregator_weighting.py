@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aggregator.staleness import constant, hinge, polynomial, staleness_weight
+from aggregator.staleness import constant, hinge, participation, polynomial, staleness_weight
 from aggregator.weighting import assign, group_size, met_version
-from federation.jobs import ConstantStaleness, HingeStaleness, PolynomialStaleness
+from federation.jobs import ConstantStaleness, HingeStaleness, ParticipationStaleness, PolynomialStaleness
 from tests.unit.aggregator_cases import make_spec, make_update
 
 GOLDEN_TAU = (0, 1, 4, 8, 24)
@@ -34,12 +34,19 @@ def test_golden_constant() -> None:
     assert [constant(tau) for tau in GOLDEN_TAU] == [1, 1, 1, 1, 1]
 
 
+def test_golden_participation() -> None:
+    assert [participation(tau) for tau in GOLDEN_TAU] == [1, 2, 3, 3, 3]
+    assert [participation(tau, limit=1) for tau in GOLDEN_TAU] == [1, 1, 1, 1, 1]
+    assert participation(8, limit=7.5) == 7.5
+
+
 @pytest.mark.parametrize(
     ("policy", "expected"),
     [
         (ConstantStaleness(), 1.0),
         (PolynomialStaleness(a=1.0), 1 / 9),
         (HingeStaleness(a=2.0, b=3.0), 1 / 11),
+        (ParticipationStaleness(limit=20), 9.0),
     ],
 )
 def test_the_policy_picks_function_and_parameters(policy: object, expected: float) -> None:
@@ -52,6 +59,15 @@ def test_staleness_is_one_when_fresh_never_increases_and_stays_within_0_and_1(
 ) -> None:
     assert staleness_weight(policy, 0) == 1.0
     assert 0.0 <= staleness_weight(policy, tau + more) <= staleness_weight(policy, tau) <= 1.0
+
+
+@given(st.floats(1, 1000), st.integers(0, 10**6), st.integers(0, 10**6))
+def test_participation_is_one_when_fresh_never_decreases_and_stays_within_its_limit(
+    limit: float, tau: int, more: int
+) -> None:
+    policy = ParticipationStaleness(limit=limit)
+    assert staleness_weight(policy, 0) == 1.0
+    assert 1.0 <= staleness_weight(policy, tau) <= staleness_weight(policy, tau + more) <= limit
 
 
 def test_staleness_from_the_future_is_an_error() -> None:
@@ -79,6 +95,20 @@ def test_fedbuff_numbers() -> None:
     update = make_update(base_version=4, num_examples=50)
     contribution = assign(make_spec("fedbuff", buffer_size=2), update, version=7, position=3)
     assert (contribution.staleness, contribution.version, contribution.weight) == (4, 9, 5**-0.5)
+
+
+def test_participation_counts_the_versions_for_which_an_update_stands() -> None:
+    spec = make_spec(
+        "fedbuff",
+        staleness=ParticipationStaleness(limit=10),
+        weight_by_examples=True,
+        buffer_size=1,
+        max_inflight=1,
+    )
+    often = [make_update(base_version=version, num_examples=50) for version in range(6)]
+    seldom = make_update(base_version=0, num_examples=50)
+    weights = [assign(spec, update, version, 0).weight for version, update in enumerate(often)]
+    assert assign(spec, seldom, 5, 0).weight == sum(weights)
 
 
 def test_fedbuff_weights_by_examples_only_if_the_policy_says_so() -> None:

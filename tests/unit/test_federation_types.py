@@ -236,6 +236,18 @@ def test_a_job_needs_only_its_id_and_classes() -> None:
         ({"aggregation": {"staleness": {"kind": "linear"}}}, r"aggregation\.staleness: "),
         ({"aggregation": {"staleness": {"kind": "hinge", "a": -1}}}, r"aggregation\.staleness\.hinge\.a: "),
         ({"aggregation": {"staleness": {"kind": "constant", "a": 1}}}, r"staleness\.constant\.a: "),
+        (
+            {
+                "max_inflight": 1,
+                "aggregation": {"strategy": "fedbuff", "staleness": {"kind": "participation", "limit": 0.5}},
+            },
+            r"staleness\.participation\.limit: ",
+        ),
+        ({"aggregation": {"staleness": {"kind": "participation"}}}, "only strategy fedbuff merges"),
+        (
+            {"aggregation": {"strategy": "fedbuff", "staleness": {"kind": "participation"}}},
+            "max_inflight: staleness participation",
+        ),
         ({"aggregation": {"server_optimizer": {"kind": "fedadam"}}}, "use strategy fedbuff or fedavg"),
         ({"aggregation": {"weight_by_examples": True}}, "are switches of fedbuff"),
         ({"aggregation": {"weight_by_objects": True}}, "are switches of fedbuff"),

@@ -87,7 +87,10 @@ def test_a_closed_job_is_made_again(policy: str) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-@pytest.mark.parametrize("policy", ["fedasync-hinge", "fedbuff-fedadam", "fedbuff-shared", "fedavg-fedadam"])
+@pytest.mark.parametrize(
+    "policy",
+    ["fedasync-hinge", "fedbuff-fedadam", "fedbuff-participation", "fedbuff-shared", "fedavg-fedadam"],
+)
 def test_random_histories_are_made_again(policy: str, seed: int) -> None:
     toy = new_job(policy, max_versions=12, seed=seed)
     play(toy, seed, moves=60)
