@@ -42,6 +42,7 @@ from federation.jobs import (
     ConstantStaleness,
     JobSpec,
     Participation,
+    ParticipationStaleness,
     StopRule,
     TrainingPlan,
 )
@@ -73,8 +74,9 @@ ASYNC = AggregationPolicy(strategy="fedbuff", buffer_size=2, staleness=ConstantS
 has images of kinds that nobody else has."""
 ASYNC_TURNS = Participation(mode="invited", concurrency=2)
 """Turns go by images, as in central training: weighting by them as well would count them twice."""
-SLOW_ASYNC = ASYNC.model_copy(update={"weight_by_examples": True})
-"""Everybody trains all the time, so that weights have to do what turns would."""
+SLOW_ASYNC = ASYNC.model_copy(update={"weight_by_examples": True, "staleness": ParticipationStaleness()})
+"""Everybody trains all the time, so that weights have to do what turns would: by images, and by how seldom a site
+comes."""
 SLOW_PLAN = {"local_steps": 2, "learning_rate": 3e-3}
 """While the slow company makes one update the others make twenty: the fewer steps, the less has changed meanwhile."""
 DEVICES_PLAN = {"local_steps": 2, "norm_fixed_from": 0.5, "learning_rate": 5e-3}
@@ -110,6 +112,8 @@ class Row:
         """A digest of everything that decides the result; the code is not in it."""
         # without defaults, or each new field of a job would make everything that was measured another setting
         fields = asdict(self) | {"spec": self.spec.model_dump(mode="json", exclude_defaults=True)}
+        # which kind it is is a default of each kind
+        fields["staleness"] = self.spec.aggregation.staleness.model_dump(mode="json")
         return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:16]
 
 

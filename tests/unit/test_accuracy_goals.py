@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from aggregator.weighting import group_size
-from benchmarks.accuracy import SEEDS, TOTAL_STEPS, _goals, rows
+from benchmarks.accuracy import SEEDS, TOTAL_STEPS, Row, _goals, rows
+from federation.jobs import ConstantStaleness, HingeStaleness, ParticipationStaleness, PolynomialStaleness
 
 
 def line(*points: tuple[float, float]) -> dict[str, Any]:
@@ -42,6 +44,19 @@ def test_the_slow_row_is_judged_by_the_first_version_that_reaches_the_bar() -> N
     assert list(_goals(found)) == [
         "seed 1: slow never reaches 90% of central (0.540), rounds at 2,000: missed"
     ]
+
+
+def test_a_run_of_another_staleness_is_another_run() -> None:
+    row = next(row for row in rows(0) if row.name == "slow")
+
+    def settings(staleness: Any) -> str:
+        aggregation = row.spec.aggregation.model_copy(update={"staleness": staleness})
+        other: Row = replace(row, spec=row.spec.model_copy(update={"aggregation": aggregation}))
+        return other.settings
+
+    kinds = [ConstantStaleness(), PolynomialStaleness(), HingeStaleness(), ParticipationStaleness()]
+    assert len({settings(kind) for kind in kinds}) == len(kinds)
+    assert settings(ParticipationStaleness(limit=3)) == row.settings
 
 
 def test_every_federation_makes_as_many_steps_as_central() -> None:
