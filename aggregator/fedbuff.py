@@ -63,5 +63,5 @@ def flush(
 
 
 def share(group: Group) -> float:
-    """Of a full group in what travels as values; what remains to 1 stays on the global model's."""
+    """Of a full group in what travels as values, at most 1; what remains to 1 stays on the global model's."""
     return min(1.0, group.statistics.weight / group.amount)
